@@ -1,0 +1,91 @@
+"""geofm: a model zoo for ecology from space.
+
+Three published systems behind one small interface; nothing about bands, units, normalization or
+weights is guessed. Start with `create_model` and `create_transform`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from geofm import _timm_hook
+from geofm.errors import (
+    BandError,
+    CardError,
+    DownloadError,
+    GeofmError,
+    HashMismatchError,
+    LayoutError,
+    ModelError,
+    PixelError,
+    UnknownModelError,
+    UnsafeFileError,
+    WeightsNotFoundError,
+)
+
+if TYPE_CHECKING:
+    from geofm.cards import WeightCard
+    from geofm.factory import create_model, create_transform
+    from geofm.preprocess import Preprocess
+    from geofm.raster import embed_raster
+    from geofm.registry import is_model, list_models, list_pretrained, model_card
+    from geofm.spectral import Band, Sensor
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Band",
+    "BandError",
+    "CardError",
+    "DownloadError",
+    "GeofmError",
+    "HashMismatchError",
+    "LayoutError",
+    "ModelError",
+    "PixelError",
+    "Preprocess",
+    "Sensor",
+    "UnknownModelError",
+    "UnsafeFileError",
+    "WeightCard",
+    "WeightsNotFoundError",
+    "__version__",
+    "create_model",
+    "create_transform",
+    "embed_raster",
+    "is_model",
+    "list_models",
+    "list_pretrained",
+    "model_card",
+]
+
+# Where the names live whose import is heavy; loaded on first use.
+_LAZY = {
+    "Band": "geofm.spectral",
+    "Preprocess": "geofm.preprocess",
+    "Sensor": "geofm.spectral",
+    "WeightCard": "geofm.cards",
+    "create_model": "geofm.factory",
+    "create_transform": "geofm.factory",
+    "embed_raster": "geofm.raster",
+    "is_model": "geofm.registry",
+    "list_models": "geofm.registry",
+    "list_pretrained": "geofm.registry",
+    "model_card": "geofm.registry",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'geofm' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+_timm_hook.install()

@@ -108,26 +108,6 @@ class InputSpec:
             raise CardError(f"no statistics for level {level!r}: {', '.join(self.statistics)}")
         return chosen.mean, chosen.std
 
-    def select(self, channels: Sequence[int], names: Sequence[str] | None = None) -> InputSpec:
-        """The specification of a model that keeps some channels, in a new order.
-
-        Args:
-            channels: Positions of the kept channels.
-            names: New names of the bands; None keeps them.
-
-        Returns:
-            A specification with ``len(channels)`` bands.
-        """
-        statistics = {
-            level: Statistics(
-                tuple(s.mean[i] for i in channels), tuple(s.std[i] for i in channels)
-            )
-            for level, s in self.statistics.items()
-        }
-        kept = tuple(names) if names else tuple(self.bands[i] for i in channels)
-        derived = {name: d for name, d in self.derived.items() if name in kept}
-        return replace(self, bands=kept, statistics=statistics, derived=derived)
-
 
 @dataclass(frozen=True)
 class Source:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from geofm.errors import ModelError
 
-__all__ = ["MPMAE", "VARIANTS", "Block", "GlobalResponseNorm", "grn_linear"]
+__all__ = ["MPMAE", "VARIANTS", "Block", "GlobalResponseNorm", "grid_size", "grn_linear"]
 
 LAYER_NORM_EPS = 1e-6
 # The dense published encoder uses 1e-4, the sparse pretraining encoder 1e-6.
@@ -249,6 +249,28 @@ class MPMAE(nn.Module):
         self._build_head(global_pool, dims, dd)
         self.init_weights()
 
+    @classmethod
+    def arguments_in(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        """Constructor arguments that a state dict implies.
+
+        Args:
+            state: Names and tensors of such a model.
+
+        Returns:
+            ``in_chans``, ``patch_size``, ``depths`` and ``dims``.
+
+        Raises:
+            KeyError: A layer that every such model has is absent; its name.
+        """
+        places = [tuple(key.split(".")[1:3]) for key in state if key.startswith("stages.")]
+        stages = sorted({int(stage) for stage, _ in places})
+        return {
+            "in_chans": state["initial_conv.0.weight"].shape[1],
+            "patch_size": state["stem.0.weight"].shape[-1] * _HALVINGS,
+            "depths": tuple(len({b for s, b in set(places) if int(s) == i}) for i in stages),
+            "dims": tuple(state[f"stages.{i}.0.norm.weight"].shape[0] for i in stages),
+        }
+
     def _build_head(self, global_pool: str, dims: Sequence[int], dd: dict[str, Any]) -> None:
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.norm = nn.LayerNorm(dims[-1], eps=LAYER_NORM_EPS, **dd)
@@ -443,6 +465,23 @@ class MPMAE(nn.Module):
             As `forward_head`.
         """
         return self.forward_head(self.forward_features(x))
+
+
+def grid_size(size: int, patch_size: int, stem_padding: str = "classification") -> int:
+    """Cells along a side of the last stage's map.
+
+    Args:
+        size: Pixels along the side of the tile.
+        patch_size: As given to `MPMAE`.
+        stem_padding: As given to `MPMAE`.
+
+    Returns:
+        For 56 px and patches of 8: 6, or 7 with aligned padding.
+    """
+    k = patch_size // _HALVINGS
+    if stem_padding == "aligned":
+        return size // k // _HALVINGS
+    return (size - 2 + 2 * (k // 2)) // k // _HALVINGS
 
 
 def _linear(inputs: int, outputs: int, **dd: Any) -> nn.Module:

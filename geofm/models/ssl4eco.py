@@ -6,10 +6,12 @@ encoders (SeCo-Eco, MoCo-Eco) are ResNet-50; the Vision Transformers have no pub
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 __all__ = ["RESNETS", "VITS", "SSL4EcoResNet", "SSL4EcoViT"]
 
@@ -29,6 +31,26 @@ class SSL4EcoResNet(ResNet):
     def __init__(self, in_chans: int = 9, num_classes: int = 0, **kwargs: Any) -> None:
         super().__init__(in_chans=in_chans, num_classes=num_classes, **kwargs)
 
+    @classmethod
+    def arguments_in(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        """Constructor arguments that a state dict implies.
+
+        Args:
+            state: Names and tensors of such a model.
+
+        Returns:
+            ``in_chans``, ``block`` and ``layers``.
+
+        Raises:
+            KeyError: A layer that every such model has is absent; its name.
+        """
+        blocks = {tuple(key.split(".")[:2]) for key in state if key.startswith("layer")}
+        return {
+            "in_chans": state["conv1.weight"].shape[1],
+            "block": Bottleneck if "layer1.0.conv3.weight" in state else BasicBlock,
+            "layers": tuple(sum(b[0] == f"layer{i}" for b in blocks) for i in range(1, 5)),
+        }
+
 
 class SSL4EcoViT(VisionTransformer):
     """timm's Vision Transformer, nine input channels and no head by default.
@@ -36,6 +58,7 @@ class SSL4EcoViT(VisionTransformer):
     Args:
         in_chans: Input channels.
         num_classes: Outputs of the linear head; 0 for none.
+        global_pool: ``"avg"`` over the patch tokens, ``"token"`` for the class token, ``""`` for none.
         dynamic_img_size: Accept tiles of any size that is a multiple of the patch, by
             interpolating the position embedding.
         **kwargs: Arguments of ``timm.models.vision_transformer.VisionTransformer``.
@@ -47,15 +70,39 @@ class SSL4EcoViT(VisionTransformer):
         self,
         in_chans: int = 9,
         num_classes: int = 0,
+        global_pool: str = "avg",
         dynamic_img_size: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(
             in_chans=in_chans,
             num_classes=num_classes,
+            global_pool=global_pool,  # type: ignore[arg-type]
             dynamic_img_size=dynamic_img_size,
             **kwargs,
         )
+
+    @classmethod
+    def arguments_in(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        """Constructor arguments that a state dict implies.
+
+        Args:
+            state: Names and tensors of such a model.
+
+        Returns:
+            ``in_chans``, ``embed_dim``, ``depth`` and ``img_size``.
+
+        Raises:
+            KeyError: A layer that every such model has is absent; its name.
+        """
+        kernel = state["patch_embed.proj.weight"]
+        tokens = state["pos_embed"].shape[1] - state["cls_token"].shape[1]
+        return {
+            "in_chans": kernel.shape[1],
+            "embed_dim": kernel.shape[0],
+            "depth": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
+            "img_size": math.isqrt(tokens) * kernel.shape[-1],
+        }
 
 
 # Standard sizes: He et al. 2016 (arXiv 1512.03385), table 1; Dosovitskiy et al. 2021

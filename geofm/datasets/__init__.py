@@ -1,0 +1,1 @@
+"""Datasets for demonstrations and tests: plausible Sentinel-2 scenes made by arithmetic alone."""

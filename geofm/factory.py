@@ -1,0 +1,609 @@
+"""`create_model` and `create_transform`: from a name to a model, and to its preprocessing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg
+from timm.models._features import FeatureGetterNet
+from torch import Tensor, nn
+
+from geofm import hub, registry
+from geofm.cards import InputSpec, Statistics, WeightCard, published_cards, read_card
+from geofm.errors import (
+    BandError,
+    CardError,
+    DownloadError,
+    LayoutError,
+    ModelError,
+    WeightsNotFoundError,
+)
+from geofm.preprocess import Preprocess
+from geofm.registry import Architecture
+from geofm.spectral import Band, Match, Sensor, match_bands, missing_message, resolve_bands, sensor
+
+__all__ = ["create_model", "create_transform", "input_spec_of"]
+
+logger = logging.getLogger(__name__)
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Weights that were found: tensors, and the card that describes them if there is one."""
+
+    state: State
+    card: WeightCard | None
+    origin: str
+
+
+def create_model(
+    name: str,
+    pretrained: bool | str | os.PathLike[str] = False,
+    *,
+    num_classes: int = 0,
+    bands: Sequence[str | Band] | None = None,
+    in_chans: int | None = None,
+    features_only: bool = False,
+    out_indices: Sequence[int] | int | None = None,
+    global_pool: str = "avg",
+    drop_path_rate: float = 0.0,
+    sensor: str | Sensor | None = None,
+    tolerance: float | None = None,
+    new_bands: str | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model, with or without trained weights.
+
+    Args:
+        name: Architecture, or architecture and checkpoint: ``"mpmae_atto"``,
+            ``"mpmae_atto.mmearth128"``. See `list_models`.
+        pretrained: False: random weights. True: the checkpoint named in `name`, else the published
+            default if it is cached or reachable, else the small bundled checkpoint where there is
+            one, with a warning. A tag (``"mmearth64"``): exactly that checkpoint. A path: a file in
+            any layout geofm or the authors write, or a folder (or TOML file) with a weight card.
+        num_classes: Outputs of a new linear head; 0 for features. A file's own head is kept if it
+            has as many.
+        bands: Bands of the input, by name, in channel order. The first layer's weights are selected
+            and reordered to fit, so four bands cost four channels. None: the checkpoint's bands.
+        in_chans: Number of input channels; needed only for untrained models of unnamed bands.
+        features_only: Return a list of feature maps, finest first, as timm does.
+        out_indices: Which of them; None for all.
+        global_pool: Pooling before the head; ``""`` for none.
+        drop_path_rate: Stochastic depth of the last block (not for U-Net decoders).
+        sensor: Sensor whose names `bands` are; None for the checkpoint's.
+        tolerance: Let a band take the weights of the checkpoint's nearest band within this many nm.
+        new_bands: ``"mean"``: bands the checkpoint does not have start from the mean of its
+            first-layer weights. None: such bands are an error.
+        **kwargs: Arguments of the architecture, for example ``patch_size``, ``stem_padding``.
+
+    Returns:
+        The model, in training mode, with two more attributes: ``card`` (its `WeightCard`, None for
+        random weights or a file without one) and ``input_spec`` (what its first layer expects,
+        None if that is not known).
+
+    Raises:
+        UnknownModelError: No such model or tag.
+        WeightsNotFoundError: No such file, or nothing published for this model.
+        DownloadError: The checkpoint cannot be fetched and nothing stands in for it.
+        HashMismatchError: The fetched file is not the published one.
+        LayoutError: The checkpoint does not match the model exactly.
+        UnsafeFileError: The checkpoint could only be read by executing code.
+        BandError: A band is unknown to the checkpoint.
+        ModelError: Arguments contradict each other or the checkpoint.
+    """
+    base, tag = registry.split_name(name)
+    architecture = registry.architecture(base)
+    if features_only and not architecture.features_only:
+        raise ModelError(f"{base} segments images and has no features_only form; use its encoder")
+    if bands is not None and in_chans is not None and in_chans != len(bands):
+        raise ModelError(f"in_chans={in_chans}, but {len(bands)} bands are named")
+
+    weights = _find_weights(architecture, tag, pretrained)
+    arguments = _resolve_arguments(architecture, tag, weights, kwargs)
+    spec = _input_spec(architecture, tag, weights, arguments)
+    trained_chans = int(arguments["in_chans"])
+    if weights is None:
+        arguments["in_chans"] = in_chans or (len(bands) if bands is not None else trained_chans)
+    elif bands is None and in_chans not in (None, trained_chans):
+        raise ModelError(
+            f"{weights.origin} takes {trained_chans} channels"
+            + (f" ({', '.join(spec.bands)})" if spec else "")
+            + f", not {in_chans}; to use others, name them: bands=[...]"
+        )
+    arguments |= {"num_classes": num_classes, "drop_path_rate": drop_path_rate}
+    model = _build(architecture, arguments, global_pool, spec)
+    if weights is not None:
+        load_exactly(model, weights.state, architecture, weights.origin)
+
+    if bands is not None:
+        if spec is None:
+            raise BandError(
+                f"{base}: which bands the checkpoint takes is not known, so it cannot be adapted; "
+                f"give it a weight card"
+            )
+        spec = _adapt_bands(
+            model,
+            architecture,
+            spec,
+            bands,
+            sensor=sensor,
+            tolerance=tolerance,
+            new_bands=new_bands,
+            trained=weights is not None,
+        )
+    elif spec is not None and arguments["in_chans"] != len(spec.bands):
+        spec = None
+    card = weights.card if weights is not None else None
+    if features_only:
+        model = _feature_pyramid(model, out_indices)
+    elif out_indices is not None:
+        raise ModelError("out_indices chooses feature maps; it needs features_only=True")
+    model.card = card  # type: ignore[assignment]
+    model.input_spec = spec  # type: ignore[assignment]
+    return model
+
+
+def create_transform(
+    model: nn.Module | WeightCard | InputSpec | str,
+    bands: Sequence[str | Band],
+    units: str,
+    level: str | None = None,
+    **options: Any,
+) -> Preprocess:
+    """Preprocessing that turns pixels of a described image into a model's input.
+
+    Args:
+        model: A model from `create_model`, or a card, or a name.
+        bands: The image's bands, in channel order.
+        units: ``"dn"`` (reflectance × 10000), ``"reflectance"`` (0 to 1) or ``"uint8"``.
+        level: ``"L1C"`` or ``"L2A"``; required where the statistics differ by level.
+        **options: ``sensor``, ``offset``, ``baseline``, ``nodata``, ``fill``, ``tolerance``,
+            ``fit``, ``size``, ``white``, ``statistics``: see `geofm.preprocess.Preprocess`.
+
+    Returns:
+        A module: call it with pixels, (C, H, W), (N, C, H, W) or (T, C, H, W).
+
+    Raises:
+        BandError: A band is missing and no fill was chosen, or it is repeated.
+        PixelError: Units, level or options are unknown or contradict each other.
+        ModelError: What the model takes is not known.
+    """
+    return Preprocess(input_spec_of(model), bands, units, level, **options)
+
+
+def input_spec_of(model: nn.Module | WeightCard | InputSpec | str) -> InputSpec:
+    """What a model's first layer expects.
+
+    Args:
+        model: A model from `create_model`, a card, a specification, or a name.
+
+    Raises:
+        ModelError: It is not known.
+        UnknownModelError: No such name.
+    """
+    if isinstance(model, InputSpec):
+        return model
+    if isinstance(model, WeightCard):
+        return model.input
+    if isinstance(model, str):
+        base, tag = registry.split_name(model)
+        architecture = registry.architecture(base)
+        return _card_or_default(architecture, tag).input
+    spec = getattr(model, "input_spec", None)
+    if spec is None:
+        raise ModelError(
+            "which bands this model takes is not known: it was not made by geofm.create_model, or "
+            "from a file without a card, or with in_chans instead of bands. Name them: "
+            "create_model(..., bands=[...]), or pass the card or its name in place of the model"
+        )
+    assert isinstance(spec, InputSpec)
+    return spec
+
+
+# --- finding weights ----------------------------------------------------------------------------
+
+
+def _find_weights(
+    architecture: Architecture, tag: str | None, pretrained: bool | str | os.PathLike[str]
+) -> _Weights | None:
+    if tag is not None:
+        registry.card_of(architecture, tag)
+    if pretrained is False:
+        return None
+    if pretrained is True:
+        if tag is not None:
+            return _from_card(registry.card_of(architecture, tag))
+        return _best_available(architecture)
+    text = os.fspath(pretrained)
+    if isinstance(pretrained, str) and text in registry.cards_of(architecture):
+        return _from_card(registry.card_of(architecture, text))
+    path = Path(text).expanduser()
+    if path.exists():
+        return _from_path(path)
+    if isinstance(pretrained, str) and path.name == text and not path.suffix:
+        registry.card_of(architecture, text)
+    raise WeightsNotFoundError(
+        f"pretrained={text!r} is neither a file nor a tag of {architecture.name}"
+        + (f": {', '.join(registry.cards_of(architecture))}" if registry.cards_of(architecture) else "")
+    )
+
+
+def _from_card(card: WeightCard) -> _Weights:
+    return _Weights(hub.load_card_weights(card), card, card.name)
+
+
+def _best_available(architecture: Architecture) -> _Weights:
+    card = registry.default_card(architecture)
+    if card is None:
+        raise WeightsNotFoundError(
+            f"{architecture.name} has no published weights{registry.elsewhere(architecture)}. "
+            f"Use pretrained=False, or pretrained=<path> to your own"
+        )
+    try:
+        return _from_card(card)
+    except DownloadError as error:
+        bundled = [c for c in registry.cards_of(architecture).values() if c.bundled]
+        if not bundled:
+            raise
+        warnings.warn(
+            f"{card.name} could not be fetched ({error}); loaded the small bundled checkpoint "
+            f"{bundled[0].name} instead. Name a tag to get exactly that checkpoint or an error",
+            stacklevel=4,
+        )
+        return _from_card(bundled[0])
+
+
+def _from_path(path: Path) -> _Weights:
+    if path.is_dir():
+        cards = sorted(path.glob("*.toml"))
+        if len(cards) != 1:
+            raise WeightsNotFoundError(
+                f"{path} holds {len(cards)} weight cards (*.toml); a folder of weights has one, or "
+                f"name the file itself"
+            )
+        return _from_card(read_card(cards[0]))
+    if path.suffix == ".toml":
+        return _from_card(read_card(path))
+    state, layout = hub.load_file_weights(path)
+    card = None
+    if layout == "native":
+        # Copies of published files keep their hash, and with it their card.
+        digest = hub.sha256_of(path)
+        hashes = {c.source.sha256: c for c in published_cards().values() if c.source.sha256}
+        card = next((c for known, c in hashes.items() if digest.startswith(str(known))), None)
+    return _Weights(state, card, str(path))
+
+
+# --- building -----------------------------------------------------------------------------------
+
+
+def _card_or_default(architecture: Architecture, tag: str | None) -> WeightCard:
+    if tag is not None:
+        return registry.card_of(architecture, tag)
+    default = registry.default_card(architecture)
+    return default if default is not None else published_cards()[architecture.input_card]
+
+
+def _resolve_arguments(
+    architecture: Architecture, tag: str | None, weights: _Weights | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of the constructor: the architecture's, then the checkpoint's, then the caller's."""
+    arguments = dict(architecture.arguments)
+    card = weights.card if weights else None
+    if weights is None or card is not None:
+        arguments |= dict((card or _card_or_default(architecture, tag)).arguments)
+    if weights is not None:
+        inferred = _arguments_in(architecture, weights)
+        for key, value in inferred.items():
+            asked = given.get(key, architecture.arguments.get(key, value))
+            if asked != value:
+                raise ModelError(_contradiction(architecture, weights.origin, key, value, asked, inferred))
+        if "patch_size" in inferred and card is None:
+            # The published sizes: 56 px with patches of 8, 112 px with patches of 16.
+            arguments["img_size"] = 7 * inferred["patch_size"]
+        arguments |= inferred
+    return arguments | dict(given)
+
+
+def _arguments_in(architecture: Architecture, weights: _Weights) -> dict[str, Any]:
+    try:
+        inferred: dict[str, Any] = architecture.build.arguments_in(weights.state)  # type: ignore[attr-defined]
+    except KeyError as error:
+        raise LayoutError(
+            f"{weights.origin} does not hold {architecture.name}: there is no {error.args[0]!r}; "
+            f"its first tensors are {', '.join(list(weights.state)[:6])}"
+        ) from error
+    return inferred
+
+
+def _contradiction(
+    architecture: Architecture,
+    origin: str,
+    key: str,
+    value: Any,
+    asked: Any,
+    inferred: Mapping[str, Any],
+) -> str:
+    if key not in architecture.arguments:
+        return f"{origin} has {key}={value}, not {key}={asked}; leave the argument out"
+    fitting = [
+        other.name
+        for other in registry.architectures().values()
+        if other.build is architecture.build
+        and all(inferred.get(k, v) == v for k, v in other.arguments.items())
+    ]
+    hint = f"; it fits {' or '.join(fitting)}" if fitting else ""
+    return f"{origin} has {key} {_show(value)}, {architecture.name} has {_show(asked)}{hint}"
+
+
+def _show(value: Any) -> str:
+    return getattr(value, "__name__", str(value))
+
+
+def _input_spec(
+    architecture: Architecture,
+    tag: str | None,
+    weights: _Weights | None,
+    arguments: Mapping[str, Any],
+) -> InputSpec | None:
+    if weights is not None and weights.card is not None:
+        return weights.card.input
+    if weights is None:
+        return _card_or_default(architecture, tag).input
+    if tag is not None:
+        chosen: WeightCard | None = registry.card_of(architecture, tag)
+    else:
+        chosen = _card_that_fits(architecture, arguments)
+    if chosen is None:
+        logger.warning("%s: no card tells what its channels are", weights.origin)
+        return None
+    if chosen.arguments["in_chans"] != arguments["in_chans"]:
+        raise CardError(
+            f"{weights.origin} takes {arguments['in_chans']} channels, but {chosen.name} lists "
+            f"{chosen.arguments['in_chans']} bands"
+        )
+    logger.info("%s: bands and statistics are taken from card %s", weights.origin, chosen.name)
+    return chosen.input
+
+
+def _card_that_fits(
+    architecture: Architecture, arguments: Mapping[str, Any]
+) -> WeightCard | None:
+    """The card of the architecture, else of its family, whose arguments are those of a file."""
+    family = architecture.name.split("_")[0]
+    own = list(registry.cards_of(architecture).values())
+    others = [card for card in published_cards().values() if card.model.split("_")[0] == family]
+    for group in (own, others):
+        fitting = [
+            card
+            for card in group
+            if all(arguments.get(key, value) == value for key, value in card.arguments.items())
+        ]
+        if fitting:
+            return min(fitting, key=lambda card: (not card.default, card.name))
+    return None
+
+
+def _build(
+    architecture: Architecture,
+    arguments: Mapping[str, Any],
+    global_pool: str,
+    spec: InputSpec | None,
+) -> nn.Module:
+    arguments = dict(arguments)
+    if not architecture.features_only:
+        if global_pool != "avg":
+            raise ModelError(f"{architecture.name} labels pixels and cannot pool them")
+    else:
+        arguments["global_pool"] = global_pool
+    if architecture.name.startswith("ssl4eco_resnet") and "img_size" in arguments:
+        raise TypeError("a ResNet has no img_size: it takes tiles of any size")
+    size = spec.size if spec else 224
+    model: nn.Module = build_model_with_cfg(
+        architecture.build,
+        architecture.name,
+        pretrained=False,
+        pretrained_cfg={
+            "architecture": architecture.name,
+            "input_size": (arguments["in_chans"], size, size),
+            "first_conv": architecture.first_conv,
+            "classifier": architecture.classifier,
+            "num_classes": arguments["num_classes"],
+            "mean": (0.0,) * arguments["in_chans"],
+            "std": (1.0,) * arguments["in_chans"],
+        },
+        kwargs_filter=None if architecture.features_only else ("global_pool",),
+        **arguments,
+    )
+    return model
+
+
+def _feature_pyramid(model: nn.Module, out_indices: Sequence[int] | int | None) -> nn.Module:
+    levels = len(model.feature_info)  # type: ignore[arg-type]
+    if out_indices is None:
+        out_indices = tuple(range(levels))
+    chosen = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    if isinstance(out_indices, int):
+        # timm: a number asks for the last n levels.
+        if not 0 < out_indices <= levels:
+            raise ModelError(f"out_indices={out_indices}: there are {levels} levels")
+    elif not all(-levels <= i < levels for i in chosen):
+        strides = [info["reduction"] for info in model.feature_info]  # type: ignore[union-attr]
+        raise ModelError(
+            f"out_indices={tuple(chosen)}: there are {levels} levels, 0 to {levels - 1}, with "
+            f"strides {strides}. In segmentation_models_pytorch, give an encoder_depth that needs "
+            f"no more"
+        )
+    wrapped = FeatureGetterNet(model, out_indices=out_indices)  # type: ignore[arg-type]
+    wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg  # type: ignore[assignment]
+    return wrapped
+
+
+# --- loading ------------------------------------------------------------------------------------
+
+
+def load_exactly(
+    model: nn.Module, state: Mapping[str, Tensor], architecture: Architecture, origin: str
+) -> None:
+    """Load weights; every name and shape must match.
+
+    Two things may differ, and both are said: a head for another number of classes is left out, and
+    a head that a pretraining checkpoint does not have stays as initialised.
+
+    Args:
+        model: The model, built for the checkpoint's channels.
+        state: Names and tensors.
+        architecture: The model's architecture.
+        origin: What to call the checkpoint in messages.
+
+    Raises:
+        LayoutError: A name is missing or unknown, or a shape differs.
+    """
+    own = model.state_dict()
+    state = _without_foreign_head(dict(state), own, architecture.classifier, origin)
+    hooks_drop = ("norm.weight", "norm.bias") if not architecture.features_only else ()
+    missing = [name for name in own if name not in state]
+    unknown = [name for name in state if name not in own and name not in hooks_drop]
+    shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
+
+    fresh = [name for name in missing if name.startswith(model.head_prefixes)]  # type: ignore[arg-type]
+    for prefix in model.head_prefixes:  # type: ignore[union-attr]
+        parts = [name for name in own if name.startswith(prefix)]
+        if any(name in state for name in parts):
+            # A part of a head is no head: what is left of it must be complete.
+            fresh = [name for name in fresh if name not in parts]
+    lost = [name for name in missing if name not in fresh]
+    problems = []
+    if lost:
+        problems.append(f"{len(lost)} missing: {', '.join(lost[:4])}")
+    if unknown:
+        problems.append(f"{len(unknown)} unknown: {', '.join(unknown[:4])}")
+    problems += [
+        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+        for name in shapes[:4]
+    ]
+    if problems:
+        raise LayoutError(f"{origin} does not match {architecture.name}: {'; '.join(problems)}")
+    if fresh:
+        logger.info("%s has no %s: left as initialised", origin, ", ".join(fresh[:4]))
+    model.load_state_dict({name: state.get(name, own[name]) for name in own}, strict=True)
+
+
+def _without_foreign_head(
+    state: State, own: Mapping[str, Tensor], classifier: str, origin: str
+) -> State:
+    key = f"{classifier}.weight"
+    if key not in state:
+        return state
+    if key in own and own[key].shape == state[key].shape:
+        return state
+    classes = state[key].shape[0]
+    if key in own:
+        warnings.warn(
+            f"{origin} has a head for {classes} classes; the new head for {own[key].shape[0]} is "
+            f"untrained",
+            stacklevel=4,
+        )
+    else:
+        logger.info("%s has a head for %d classes; left out", origin, classes)
+    return {n: v for n, v in state.items() if n not in (key, f"{classifier}.bias")}
+
+
+# --- bands --------------------------------------------------------------------------------------
+
+
+def _adapt_bands(
+    model: nn.Module,
+    architecture: Architecture,
+    spec: InputSpec,
+    bands: Sequence[str | Band],
+    *,
+    sensor: str | Sensor | None,
+    tolerance: float | None,
+    new_bands: str | None,
+    trained: bool,
+) -> InputSpec:
+    """Select and reorder the first layer's input channels; returns what the model takes then."""
+    if new_bands not in (None, "mean"):
+        raise ModelError(f"new_bands must be 'mean' or None, got {new_bands!r}")
+    if not bands:
+        raise BandError("bands is empty; name at least one")
+    matches = match_bands(
+        bands,
+        spec.bands,
+        wanted_sensor=sensor or spec.sensor,
+        available_sensor=spec.sensor,
+        tolerance=tolerance,
+    )
+    absent = [match for match in matches if match.index is None]
+    if absent and trained and new_bands is None:
+        raise BandError(
+            missing_message(absent, spec.bands, "the new first layer").replace(
+                "the input", "the checkpoint"
+            )
+            + " To start such bands from the mean of the others: new_bands='mean'; to let near "
+            "wavelengths stand in: tolerance=<nm>."
+        )
+    if trained:
+        _select_channels(model.get_submodule(architecture.first_conv), matches)
+        model.in_chans = len(matches)  # type: ignore[assignment]
+        size = model.pretrained_cfg["input_size"][1:]  # type: ignore[index]
+        model.pretrained_cfg["input_size"] = (len(matches), *size)  # type: ignore[index]
+    return _adapted_spec(spec, matches, sensor, tolerance)
+
+
+def _select_channels(conv: nn.Module, matches: Sequence[Match]) -> None:
+    assert isinstance(conv, nn.Conv2d)
+    old = conv.weight.detach()
+    mean = old.mean(dim=1)
+    columns = [mean if m.index is None else old[:, m.index] for m in matches]
+    conv.weight = nn.Parameter(torch.stack(columns, dim=1))
+    conv.in_channels = len(columns)
+
+
+def _adapted_spec(
+    spec: InputSpec,
+    matches: Sequence[Match],
+    of: str | Sensor | None,
+    tolerance: float | None,
+) -> InputSpec:
+    names = [match.wanted for match in matches]
+    new = sensor(of) if of is not None else sensor(spec.sensor)
+    nan = float("nan")
+
+    def pick(values: Sequence[float]) -> tuple[float, ...]:
+        return tuple(nan if m.index is None else values[m.index] for m in matches)
+
+    derived = {}
+    for name, rule in spec.derived.items():
+        if name not in names:
+            continue
+        # The rule's bands under the new sensor's names.
+        parts = match_bands(
+            resolve_bands(rule.bands, spec.sensor),
+            new.names,
+            wanted_sensor=spec.sensor,
+            available_sensor=new,
+            tolerance=tolerance,
+        )
+        if parts[0].found and parts[1].found:
+            derived[name] = replace(rule, bands=(parts[0].found, parts[1].found))
+    return replace(
+        spec,
+        sensor=new.name,
+        bands=tuple(names),
+        statistics={
+            level: Statistics(pick(s.mean), pick(s.std)) for level, s in spec.statistics.items()
+        },
+        derived=derived,
+    )
+
