@@ -27,7 +27,9 @@ from geofm.errors import (
 )
 from geofm.preprocess import Preprocess
 from geofm.registry import Architecture
-from geofm.spectral import Band, Match, Sensor, match_bands, missing_message, resolve_bands, sensor
+from geofm.spectral import Band, Match, Sensor, match_bands, missing_message, resolve_bands
+from geofm.spectral import sensor as sensor_of
+from geofm.timm_models import timm_config
 
 __all__ = ["create_model", "create_transform", "input_spec_of"]
 
@@ -120,7 +122,7 @@ def create_model(
             + f", not {in_chans}; to use others, name them: bands=[...]"
         )
     arguments |= {"num_classes": num_classes, "drop_path_rate": drop_path_rate}
-    model = _build(architecture, arguments, global_pool, spec)
+    model = _build(architecture, arguments, global_pool)
     if weights is not None:
         load_exactly(model, weights.state, architecture, weights.origin)
 
@@ -397,7 +399,6 @@ def _build(
     architecture: Architecture,
     arguments: Mapping[str, Any],
     global_pool: str,
-    spec: InputSpec | None,
 ) -> nn.Module:
     arguments = dict(arguments)
     if not architecture.features_only:
@@ -407,19 +408,13 @@ def _build(
         arguments["global_pool"] = global_pool
     if architecture.name.startswith("ssl4eco_resnet") and "img_size" in arguments:
         raise TypeError("a ResNet has no img_size: it takes tiles of any size")
-    size = spec.size if spec else 224
     model: nn.Module = build_model_with_cfg(
         architecture.build,
         architecture.name,
         pretrained=False,
         pretrained_cfg={
             "architecture": architecture.name,
-            "input_size": (arguments["in_chans"], size, size),
-            "first_conv": architecture.first_conv,
-            "classifier": architecture.classifier,
-            "num_classes": arguments["num_classes"],
-            "mean": (0.0,) * arguments["in_chans"],
-            "std": (1.0,) * arguments["in_chans"],
+            **timm_config(architecture, arguments),
         },
         kwargs_filter=None if architecture.features_only else ("global_pool",),
         **arguments,
@@ -577,7 +572,7 @@ def _adapted_spec(
     tolerance: float | None,
 ) -> InputSpec:
     names = [match.wanted for match in matches]
-    new = sensor(of) if of is not None else sensor(spec.sensor)
+    new = sensor_of(spec.sensor if of is None else of)
     nan = float("nan")
 
     def pick(values: Sequence[float]) -> tuple[float, ...]:

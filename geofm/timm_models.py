@@ -6,7 +6,7 @@ The U-Nets are not registered: timm's models are encoders.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
@@ -17,25 +17,29 @@ from geofm.cards import WeightCard, published_cards
 from geofm.models.mpmae import grid_size
 from geofm.registry import Architecture
 
-__all__: list[str] = []
+__all__ = ["timm_config"]
 
 
-def _config(architecture: Architecture, card: WeightCard) -> dict[str, Any]:
-    size = card.input.size
-    patch = int(card.arguments.get("patch_size", 8))
-    grid = grid_size(size, patch) if architecture.name.startswith("mpmae") else size // 32
-    if architecture.name.startswith("ssl4eco_vit"):
-        grid = size // 16
-    channels = len(card.input.bands)
-    own = card.model == architecture.weights_of
-    source: dict[str, Any] = {}
-    if own and card.source.kind == "huggingface":
-        source = {"hf_hub_id": card.source.repo, "hf_hub_filename": card.source.filename}
-    elif own:
-        source = {"url": card.source.url or str(card.path.parent / str(card.source.filename))}
+def timm_config(architecture: Architecture, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm records about a model: sizes and the names of its first and last layers.
+
+    Args:
+        architecture: The model's architecture.
+        arguments: Arguments of its constructor.
+
+    Returns:
+        Fields of timm's ``PretrainedCfg``.
+    """
+    channels = int(arguments["in_chans"])
+    if architecture.name.startswith("mpmae"):
+        size = int(arguments["img_size"])
+        padding = arguments.get("stem_padding", "classification")
+        grid = grid_size(size, int(arguments["patch_size"]), padding)
+    else:
+        size = int(arguments.get("img_size", 224))
+        grid = size // (16 if architecture.name.startswith("ssl4eco_vit") else 32)
     return {
-        **source,
-        "num_classes": 0,
+        "num_classes": int(arguments.get("num_classes", 0)),
         "input_size": (channels, size, size),
         "pool_size": (grid, grid),
         # Normalization is the card's, done by geofm.create_transform.
@@ -43,18 +47,26 @@ def _config(architecture: Architecture, card: WeightCard) -> dict[str, Any]:
         "std": (1.0,) * channels,
         "first_conv": architecture.first_conv,
         "classifier": architecture.classifier,
-        "license": card.licence.weights,
     }
+
+
+def _config_of_card(architecture: Architecture, card: WeightCard) -> dict[str, Any]:
+    config = timm_config(architecture, card.arguments)
+    if card.source.kind == "huggingface":
+        config |= {"hf_hub_id": card.source.repo, "hf_hub_filename": card.source.filename}
+    else:
+        config["url"] = card.source.url or str(card.path.parent / str(card.source.filename))
+    return config | {"license": card.licence.weights}
 
 
 def _configs(architecture: Architecture) -> dict[str, dict[str, Any]]:
     cards = registry.cards_of(architecture)
     if not cards:
         card = published_cards()[architecture.input_card]
-        return {architecture.name: _config(architecture, card)}
+        return {architecture.name: timm_config(architecture, card.arguments)}
     # timm takes the first as the default; a trailing * marks it.
     return {
-        f"{architecture.name}.{tag}{'*' if card.default else ''}": _config(architecture, card)
+        f"{architecture.name}.{tag}{'*' if card.default else ''}": _config_of_card(architecture, card)
         for tag, card in cards.items()
     }
 

@@ -5,8 +5,7 @@ response normalization (GRN): Woo et al., CVPR 2023 (arXiv 2301.00808).
 
 The parameter names are the published ones, so a published dense checkpoint loads as it is.
 """
-
-from __future__ import annotations
+# No `from __future__ import annotations`: torch.fx and TorchScript read the annotations as types.
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,8 +60,12 @@ def grn_linear(
     scale = (1 + gamma.flatten() * relative).to(hidden.dtype)
     bias = F.linear(beta.flatten().to(weight.dtype), weight, bias)
     sites = hidden.flatten(1, 2)
-    if torch.compiler.is_exporting() or height * width < weight.shape[0]:
-        # Few sites: scaling them is less work than scaling a copy of the weights per sample.
+    # Few sites: scaling them is less work than scaling a copy of the weights per sample.
+    few = height * width < 2 * weight.shape[0]
+    if not torch.jit.is_scripting():
+        # An exported graph must not depend on the size it was traced with.
+        few = few or torch.compiler.is_exporting()
+    if few:
         out = F.linear(sites * scale[:, None], weight, bias)
     else:
         per_sample = (weight * scale[:, None]).transpose(1, 2)
@@ -140,6 +143,34 @@ class Block(nn.Module):
         return out
 
 
+class Stage(nn.Sequential):
+    """The blocks of one stage.
+
+    Args:
+        *blocks: Each a `Block`.
+    """
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the blocks, recomputing them in the backward pass if asked to.
+
+        Args:
+            x: Feature map, (N, C, H, W).
+
+        Returns:
+            (N, C, H, W).
+        """
+        for block in self:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        return x
+
+
 class MPMAE(nn.Module):
     """MP-MAE encoder with timm's interface.
 
@@ -210,7 +241,6 @@ class MPMAE(nn.Module):
         self.img_size = img_size
         self.stem_padding = stem_padding
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": k * 2**i, "module": f"stages.{i}"}
@@ -243,7 +273,7 @@ class MPMAE(nn.Module):
         )
         rates = drop_path_rates_of(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dim, rates[i][j], grn_eps, **dd) for j in range(depths[i])))
+            Stage(*(Block(dim, rates[i][j], grn_eps, **dd) for j in range(depths[i])))
             for i, dim in enumerate(dims)
         )
         self._build_head(global_pool, dims, dd)
@@ -321,7 +351,8 @@ class MPMAE(nn.Module):
         Args:
             enable: Switch on or off.
         """
-        self.grad_checkpointing = enable
+        for stage in self.stages:
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
@@ -349,16 +380,6 @@ class MPMAE(nn.Module):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def _forward_stage(self, index: int, x: Tensor) -> Tensor:
-        if index > 0:
-            x = self.downsample_layers[index - 1](x)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            for block in self.stages[index]:  # type: ignore[attr-defined]
-                x = checkpoint(block, x)
-            return x
-        out: Tensor = self.stages[index](x)
-        return out
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Feature map of the last stage.
 
@@ -369,8 +390,12 @@ class MPMAE(nn.Module):
             (N, num_features, h, w), with one cell per `patch_size` pixels.
         """
         x = self.stem(self.initial_conv(x))
-        for index in range(len(self.stages)):
-            x = self._forward_stage(index, x)
+        # Written for TorchScript, which can iterate over modules but not index or slice them.
+        for index, stage in enumerate(self.stages):
+            for before, downsample in enumerate(self.downsample_layers):
+                if before + 1 == index:
+                    x = downsample(x)
+            x = stage(x)
         return x
 
     def forward_intermediates(
@@ -405,7 +430,9 @@ class MPMAE(nn.Module):
         intermediates = []
         x = self.stem(self.initial_conv(x))
         for index in range(last + 1 if stop_early else len(self.stages)):
-            x = self._forward_stage(index, x)
+            if index > 0:
+                x = self.downsample_layers[index - 1](x)
+            x = self.stages[index](x)
             if index in take:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -448,8 +475,8 @@ class MPMAE(nn.Module):
             (N, num_classes), or (N, C) without a head; with a trailing (h, w) where `global_pool`
             is ``""``.
         """
+        pooled = not self.global_pool.is_identity()
         x = self.global_pool(x)
-        pooled = x.ndim == 2
         x = self.norm(x if pooled else x.permute(0, 2, 3, 1))
         if not pre_logits:
             x = self.head(F.dropout(x, self.drop_rate, training=self.training))

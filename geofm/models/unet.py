@@ -4,8 +4,6 @@ Source: Nedungadi et al., MMEarth, ECCV 2024 (arXiv 2405.02771) and its code. Th
 `MPMAE` with aligned padding; the decoder's parameter names are the published ones.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -180,10 +178,9 @@ class MPMAEUNet(MPMAE):
         """
         full = self.initial_conv(x)
         stem = self.stem(full)
-        maps = [stem]
-        for index in range(len(self.stages)):
-            maps.append(self._forward_stage(index, maps[-1]))
-        _, _, stage1, stage2, x = maps
+        stage1 = self.stages[1](self.downsample_layers[0](self.stages[0](stem)))
+        stage2 = self.stages[2](self.downsample_layers[1](stage1))
+        x = self.stages[3](self.downsample_layers[2](stage2))
         for layer, skip in zip(self.upsample_layers, (stage2, stage1, stem, full), strict=True):
             x = torch.cat((layer(x, skip.shape[-2:]), skip), dim=1)
         out: Tensor = self.initial_conv_upsample(x)
