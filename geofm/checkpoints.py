@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
+import pickletools
+import re
+import struct
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,6 @@ from geofm.errors import LayoutError, UnsafeFileError
 
 __all__ = ["read_checkpoint"]
 
-logger = logging.getLogger(__name__)
-
 # Containers of plain settings that training scripts save beside the weights. None is imported or
 # called: each is replaced by `_Inert`, which keeps nothing.
 _HARMLESS = (
@@ -26,6 +28,27 @@ _HARMLESS = (
     "pathlib.PurePosixPath",
     "pathlib.WindowsPath",
     "pathlib._local.PosixPath",
+)
+
+# What torch.save wrote before its files were zip archives begins with this number, pickled.
+_LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
+# Safetensors' own limit on the length of its header.
+_LONGEST_HEADER = 100_000_000
+# How torch's error names what it refuses to import.
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+# What torch's unpickler may raise on damaged bytes: it follows whatever instructions it meets.
+_DAMAGE = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+    struct.error,
 )
 
 
@@ -61,19 +84,21 @@ def read_checkpoint(path: Path) -> Any:
         head = file.read(512)
     if size == 0:
         raise LayoutError(f"{path} is empty")
-    if head.lstrip().startswith(b"<"):
+    # First, because the bytes of the header's length can look like the beginning of a web page.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= _LONGEST_HEADER:
+        return _read_safetensors(path)
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.startswith(b"<"):
         raise LayoutError(
             f"{path} is a web page, not a checkpoint (it begins with "
-            f"{head.lstrip()[:40].decode('utf-8', 'replace')!r}): the server probably answered "
-            f"with a login or error page"
+            f"{text[:40].decode('utf-8', 'replace')!r}): the server probably answered with a login "
+            f"or error page"
         )
-    if len(head) > 8 and int.from_bytes(head[:8], "little") < size and head[8:9] == b"{":
-        return _read_safetensors(path)
-    if head.startswith(b"PK") and not zipfile.is_zipfile(path):
-        raise LayoutError(
-            f"{path} is truncated ({size:,} bytes): its table of contents is missing. Fetch it again"
-        )
-    return _read_torch(path, head)
+    if head.startswith(b"PK"):
+        _check_archive(path, size)
+    else:
+        _check_pickle(path, legacy=_LEGACY in head)
+    return _read_torch(path)
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
@@ -83,29 +108,80 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise LayoutError(f"{path} is a damaged safetensors file: {error}") from error
 
 
-def _read_torch(path: Path, head: bytes) -> Any:
-    if head.startswith(b"PK"):
-        try:
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except (ValueError, RuntimeError, pickle.UnpicklingError) as error:
-            raise LayoutError(
-                f"{path} was not written by torch.save ({error}); export its state dict with "
-                f"torch.save(model.state_dict(), ...) or as safetensors"
-            ) from error
-        unsafe = sorted(set(names) - set(_HARMLESS))
-        if unsafe:
-            raise _unsafe(path, ", ".join(unsafe))
+def _check_archive(path: Path, size: int) -> None:
+    """Refuse a zip archive that is damaged or names foreign code; torch itself checks no sums."""
+    if not zipfile.is_zipfile(path):
+        raise LayoutError(
+            f"{path} is truncated ({size:,} bytes): its table of contents is missing. Fetch it "
+            f"again"
+        )
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                # 0: written without a sum, as torch.serialization.set_crc32_options(False) does.
+                if entry.CRC:
+                    with archive.open(entry) as file:
+                        while file.read(1 << 20):
+                            pass
+    except (OSError, zipfile.BadZipFile, zlib.error, *_DAMAGE) as error:
+        raise LayoutError(f"{path} is damaged ({error}). Fetch it again") from error
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except _DAMAGE as error:
+        raise LayoutError(
+            f"{path} was not written by torch.save ({_first_line(error)}); export its state dict "
+            f"with torch.save(model.state_dict(), ...) or as safetensors"
+        ) from error
+    unsafe = sorted(set(names) - set(_HARMLESS))
+    if unsafe:
+        raise _unsafe(path, ", ".join(unsafe))
+
+
+def _check_pickle(path: Path, legacy: bool) -> None:
+    """Refuse what is neither complete nor torch's; disassembling a pickle executes nothing."""
+    names: list[str] = []
+    strings: list[str] = []
+    try:
+        with path.open("rb") as file:
+            # Torch's own: number, version and system information come before the object.
+            for _ in range(4 if legacy else 1):
+                for instruction, argument, _ in pickletools.genops(file):
+                    if instruction.name in ("GLOBAL", "INST"):
+                        names.append(str(argument).replace(" ", "."))
+                    elif instruction.name == "STACK_GLOBAL":
+                        names.append(".".join(strings[-2:]))
+                    elif isinstance(argument, str):
+                        strings.append(argument)
+    except _DAMAGE as error:
+        what = "a truncated or damaged" if legacy else "no"
+        raise LayoutError(
+            f"{path} is {what} checkpoint ({_first_line(error)}): expected a safetensors file or "
+            f"one written by torch.save"
+        ) from error
+    if not legacy:
+        if names:
+            raise _unsafe(path, ", ".join(sorted(set(names))))
+        raise LayoutError(
+            f"{path} is no checkpoint: expected a safetensors file or one written by torch.save"
+        )
+
+
+def _read_torch(path: Path) -> Any:
     stand_ins: list[Any] = [(_Inert, name) for name in _HARMLESS]
     try:
-        with torch.serialization.safe_globals(stand_ins):
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
+            # That a newer pickle protocol might not be understood: then it is an error anyway.
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        message = str(error)
-        if "GLOBAL" in message or "Unsupported" in message:
-            raise _unsafe(path, message.splitlines()[0]) from error
-        raise LayoutError(f"{path} is not a checkpoint: {message.splitlines()[0]}") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise LayoutError(f"{path} is damaged or not a checkpoint: {error}") from error
+    except _DAMAGE as error:
+        refused = _REFUSED.search(str(error))
+        if refused:
+            raise _unsafe(path, refused[1]) from error
+        raise LayoutError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _unsafe(path: Path, what: str) -> UnsafeFileError:

@@ -88,9 +88,10 @@ def create_model(
         **kwargs: Arguments of the architecture, for example ``patch_size``, ``stem_padding``.
 
     Returns:
-        The model, in training mode, with two more attributes: ``card`` (its `WeightCard`, None for
-        random weights or a file without one) and ``input_spec`` (what its first layer expects,
-        None if that is not known).
+        The model, in training mode, with three more attributes: ``card`` (its `WeightCard`, None
+        for random weights or a file without one), ``weights_origin`` (the card's name or the path,
+        None for random weights) and ``input_spec`` (what its first layer expects, None if that is
+        not known).
 
     Raises:
         UnknownModelError: No such model or tag.
@@ -150,6 +151,7 @@ def create_model(
     elif out_indices is not None:
         raise ModelError("out_indices chooses feature maps; it needs features_only=True")
     model.card = card  # type: ignore[assignment]
+    model.weights_origin = weights.origin if weights else None  # type: ignore[assignment]
     model.input_spec = spec  # type: ignore[assignment]
     return model
 

@@ -17,10 +17,11 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from huggingface_hub import constants as hf_constants
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -28,18 +29,25 @@ from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geofm.cards import Source, WeightCard
 from geofm.checkpoints import read_checkpoint
 from geofm.download import download, explain_disk_error
-from geofm.errors import DownloadError, HashMismatchError, LayoutError, WeightsNotFoundError
+from geofm.errors import (
+    CardError,
+    DownloadError,
+    HashMismatchError,
+    LayoutError,
+    WeightsNotFoundError,
+)
 from geofm.layouts import convert, unwrap
 
 __all__ = [
@@ -59,9 +67,12 @@ logger = logging.getLogger(__name__)
 
 State = dict[str, Tensor]
 
+# The base of all errors of the HTTP library below huggingface_hub: requests, httpx or httpx2.
+_TransportError: type[BaseException] = HfHubHTTPError.__bases__[0]
+
 
 def cache_dir() -> Path:
-    """geofm's cache: ``$GEOFM_HOME``, else ``$XDG_CACHE_HOME/geofm``, else ``~/.cache/geofm``."""
+    """The cache: ``$GEOFM_HOME``, else ``$XDG_CACHE_HOME/geofm``, else ``~/.cache/geofm``."""
     home = os.environ.get("GEOFM_HOME")
     if home:
         return Path(home).expanduser()
@@ -93,7 +104,7 @@ def is_cached(card: WeightCard) -> bool:
     known = _known_hash(card.source)
     if known and _converted_path(known, card.layout).is_file():
         return True
-    return _cached_source(card.source) is not None
+    return _cached_source(card) is not None
 
 
 def fetch(card: WeightCard, accept_new_hash: bool = False) -> Path:
@@ -102,7 +113,7 @@ def fetch(card: WeightCard, accept_new_hash: bool = False) -> Path:
     Args:
         card: The card.
         accept_new_hash: Where no whole hash is published: record what arrives now as the truth,
-            even if it differs from the first download.
+            even if it differs from the first download. A sound file in the cache stays.
 
     Returns:
         Path of the file as published.
@@ -110,6 +121,8 @@ def fetch(card: WeightCard, accept_new_hash: bool = False) -> Path:
     Raises:
         DownloadError: It cannot be fetched.
         HashMismatchError: It is not the published file, or not the one fetched the first time.
+        LayoutError: Without a whole published hash: the first download is no such checkpoint.
+        UnsafeFileError: Likewise, and it could only be read by executing code.
         WeightsNotFoundError: A bundled file is missing.
     """
     path, _ = _fetch_verified(card, accept_new_hash)
@@ -139,12 +152,16 @@ def load_card_weights(card: WeightCard) -> State:
         return state
     known = _known_hash(card.source)
     if known:
-        state = _read_converted(known, card.layout)
-        if state is not None:
-            return state
+        converted = _read_converted(known, card.layout)
+        if converted is not None:
+            return converted
     path, digest = _fetch_verified(card, False)
     state, _ = load_file_weights(path, card.layout)
-    _write_converted(digest, card.layout, state)
+    try:
+        _write_converted(digest, card.layout, state)
+    except (DownloadError, SafetensorError) as error:
+        # The weights are in hand: only the next load takes longer.
+        logger.warning("%s: the converted weights could not be cached: %s", card.name, error)
     return state
 
 
@@ -165,8 +182,9 @@ def load_file_weights(path: Path, layout: str | None = None) -> tuple[State, str
     """
     if not path.is_file():
         raise WeightsNotFoundError(f"there is no file {path}")
+    content = read_checkpoint(path)
     try:
-        return convert(unwrap(read_checkpoint(path)), layout)
+        return convert(unwrap(content), layout)
     except LayoutError as error:
         raise LayoutError(f"{path}: {error}") from error
 
@@ -178,40 +196,49 @@ def _fetch_verified(card: WeightCard, accept_new_hash: bool) -> tuple[Path, str]
     if card.bundled:
         path = _bundled_path(card)
         if not path.is_file():
-            raise WeightsNotFoundError(f"{card.name}: the bundled file {path} is missing; reinstall")
-        return path, _verify(card, path, False)
-    cached = _cached_source(card.source)
+            raise WeightsNotFoundError(
+                f"{card.name}: the bundled file {path} is missing; reinstall"
+            )
+        return path, _verify(card, path, None)
+    recorded = _read_record(_record_path(card.source))
+    cached = _cached_source(card)
     if cached is not None:
         try:
-            return cached, _verify(card, cached, accept_new_hash)
-        except HashMismatchError as error:
+            # Never accepted as new: what differs in the cache may just as well be damaged.
+            return cached, _verify(card, cached, recorded)
+        except (HashMismatchError, LayoutError) as error:
             # A damaged cache heals itself; if the source changed, the fresh file says so below.
             logger.warning("%s; fetching it again", error)
             _forget(card.source, cached)
     path = _download(card, force=cached is not None)
-    return path, _verify(card, path, accept_new_hash)
+    try:
+        return path, _verify(card, path, None if accept_new_hash else recorded)
+    except (HashMismatchError, LayoutError):
+        _forget(card.source, path)
+        raise
 
 
-def _verify(card: WeightCard, path: Path, accept_new_hash: bool) -> str:
+def _verify(card: WeightCard, path: Path, recorded: str | None) -> str:
     digest = sha256_of(path)
     published = card.source.sha256
     if published and not digest.startswith(published):
         raise HashMismatchError(
-            f"{card.name}: {path} has sha256 {digest}, the card says {published}"
+            f"{card.name}: {path.name} has sha256 {digest}, the card says {published}"
             f"{'...' if len(published) < 64 else ''}: it is damaged or not the published file"
         )
     if card.bundled or (published and len(published) == 64):
         return digest
-    record = _record_path(card.source)
-    recorded = _read_record(record)
-    if recorded is None or (accept_new_hash and recorded != digest):
+    if recorded is None:
+        # Only a file that can be used is worth keeping to.
+        load_file_weights(path, card.layout)
         content = {"source": str(card.source), "sha256": digest, "size": path.stat().st_size}
-        _write_atomically(record, lambda temporary: temporary.write_text(json.dumps(content)))
-        logger.info("%s: recorded sha256 %s of the first download", card.name, digest)
+        text = json.dumps(content)
+        _write_atomically(_record_path(card.source), lambda temporary: temporary.write_text(text))
+        logger.info("%s: recorded sha256 %s", card.name, digest)
     elif recorded != digest:
         raise HashMismatchError(
-            f"{card.name}: {path} has sha256 {digest}, but the first download had {recorded}: the "
-            f"file at {card.source} has changed. If that is as it should be, accept it with: "
+            f"{card.name}: {path.name} has sha256 {digest}, but the first download had {recorded}: "
+            f"the file at {card.source} has changed. If that is as it should be, accept it with: "
             f"geofm download {card.name} --accept-new-hash"
         )
     return digest
@@ -219,10 +246,11 @@ def _verify(card: WeightCard, path: Path, accept_new_hash: bool) -> str:
 
 def _download(card: WeightCard, force: bool) -> Path:
     source = card.source
-    if _offline():
+    if hf_constants.HF_HUB_OFFLINE:
         raise DownloadError(
-            f"{card.name} is not in the cache and HF_HUB_OFFLINE is set. Unset it, or fetch it on a "
-            f"machine with a network (geofm download {card.name}) and copy {cache_dir()}"
+            f"{card.name} is {'damaged' if force else 'not'} in the cache and HF_HUB_OFFLINE is "
+            f"set. Unset it, or fetch it on a machine with a network (geofm download {card.name}) "
+            f"and copy {cache_dir()}"
         )
     logger.info("fetching %s from %s", card.name, source)
     if source.kind == "url":
@@ -232,9 +260,11 @@ def _download(card: WeightCard, force: bool) -> Path:
 
 def _download_from_hub(card: WeightCard, force: bool) -> Path:
     source = card.source
-    assert source.repo and source.filename
+    assert source.repo
+    assert source.filename
     try:
-        with explain_disk_error(Path(hf_constants.HF_HUB_CACHE) / "x", str(source)):
+        target = Path(hf_constants.HF_HUB_CACHE) / "file"
+        with explain_disk_error(target, str(source), "HF_HOME"):
             return Path(
                 hf_hub_download(
                     source.repo,
@@ -254,25 +284,25 @@ def _download_from_hub(card: WeightCard, force: bool) -> Path:
         ) from error
     except LocalEntryNotFoundError as error:
         raise DownloadError(
-            f"{card.name}: the hub cannot be reached and {source} is not in its cache. Without a "
-            f"network, put the file anywhere and pass pretrained=<its path>"
+            f"{card.name}: the hub cannot be reached and {source} is not in its cache "
+            f"({_first_line(error.__cause__ or error)}). Without a network, put the file anywhere "
+            f"and pass pretrained=<its path>"
         ) from error
     except EntryNotFoundError as error:
         raise DownloadError(
             f"{card.name}: the hub has no such file: {source} ({_first_line(error)})"
         ) from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
-        if isinstance(error, DownloadError):
-            raise
-        raise DownloadError(f"{card.name}: fetching {source} failed: {_first_line(error)}") from error
+    except DownloadError:
+        raise
+    # ValueError: without a network, where a damaged file was to be replaced. RuntimeError: hf_xet.
+    except (_TransportError, OSError, RuntimeError, ValueError) as error:
+        raise DownloadError(
+            f"{card.name}: fetching {source} failed: {_first_line(error.__cause__ or error)}"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-def _offline() -> bool:
-    return bool(hf_constants.HF_HUB_OFFLINE)
 
 
 def _bundled_path(card: WeightCard) -> Path:
@@ -280,14 +310,19 @@ def _bundled_path(card: WeightCard) -> Path:
     return card.path.parent / card.source.filename
 
 
-def _cached_source(source: Source) -> Path | None:
+def _cached_source(card: WeightCard) -> Path | None:
+    source = card.source
     if source.kind == "url":
         path = _download_path(source)
         return path if path.is_file() else None
-    assert source.repo and source.filename
-    found = try_to_load_from_cache(
-        source.repo, source.filename, revision=source.revision, repo_type=source.repo_type
-    )
+    assert source.repo
+    assert source.filename
+    try:
+        found = try_to_load_from_cache(
+            source.repo, source.filename, revision=source.revision, repo_type=source.repo_type
+        )
+    except HFValidationError as error:
+        raise CardError(f"card {card.path.name}: source.repo: {error}") from error
     return Path(found) if isinstance(found, str) else None
 
 
@@ -303,8 +338,8 @@ def _key(source: Source) -> str:
 
 
 def _download_path(source: Source) -> Path:
-    name = str(source.url).rsplit("/", 1)[-1] or "file"
-    return cache_dir() / "downloads" / _key(source) / name
+    name = urlsplit(str(source.url)).path.rpartition("/")[2].replace("\\", "_")
+    return cache_dir() / "downloads" / _key(source) / (name.lstrip(".") or "file")
 
 
 # --- hashes -----------------------------------------------------------------------------------
@@ -317,9 +352,9 @@ def _record_path(source: Source) -> Path:
 def _read_record(path: Path) -> str | None:
     try:
         return str(json.loads(path.read_text())["sha256"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise HashMismatchError(
             f"the hash record {path} is damaged ({error}); delete it to trust the next download"
         ) from error
@@ -328,7 +363,9 @@ def _read_record(path: Path) -> str | None:
 def _known_hash(source: Source) -> str | None:
     if source.sha256 and len(source.sha256) == 64:
         return source.sha256
-    return _read_record(_record_path(source))
+    recorded = _read_record(_record_path(source))
+    # A card may learn the beginning of the hash after the first download.
+    return recorded if recorded and recorded.startswith(source.sha256 or "") else None
 
 
 # --- the converted cache ----------------------------------------------------------------------
@@ -344,24 +381,24 @@ def _read_converted(digest: str, layout: str) -> State | None:
         return None
     if not _converted_is_sound(path):
         logger.warning("%s does not have its recorded hash; converting again", path)
-        path.unlink(missing_ok=True)
         return None
     return load_file(path)
 
 
 def _converted_is_sound(path: Path) -> bool:
     beside = Path(f"{path}.sha256")
-    return beside.is_file() and beside.read_text().strip() == sha256_of(path)
+    return beside.is_file() and beside.read_bytes().strip() == sha256_of(path).encode()
 
 
 def _write_converted(digest: str, layout: str, state: State) -> None:
     path = _converted_path(digest, layout)
     # Separate, contiguous tensors: safetensors refuses ones that share memory.
     own = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-    metadata = {"format": "pt", "source_sha256": digest, "layout": layout}
 
     def write(temporary: Path) -> None:
-        save_file(own, temporary, metadata)
+        # One entry of metadata: several are written in random order, and processes that convert at
+        # the same time must write the same bytes, or one's hash stands beside the other's file.
+        save_file(own, temporary, {"format": "pt"})
         # The hash first: a file without one is converted again, a wrong one never loads.
         text = sha256_of(temporary) + "\n"
         _write_atomically(Path(f"{path}.sha256"), lambda other: other.write_text(text))
@@ -372,12 +409,14 @@ def _write_converted(digest: str, layout: str, state: State) -> None:
 def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with explain_disk_error(path, path.name):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         try:
+            # Safetensors' files are their owner's alone; a cache may be shared: the umask decides.
+            temporary.touch()
+            mode = temporary.stat().st_mode
             write(temporary)
-            os.replace(temporary, path)
+            temporary.chmod(mode)
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -414,7 +453,8 @@ def cache_entries(cards: list[WeightCard]) -> list[CacheEntry]:
     owners: dict[Path, str] = {}
     for card in cards:
         if card.source.kind == "url":
-            owners[_download_path(card.source)] = card.name
+            target = _download_path(card.source)
+            owners[target] = owners[Path(f"{target}.part")] = card.name
         known = _known_hash(card.source)
         if known:
             owners[_converted_path(known, card.layout)] = card.name
@@ -470,6 +510,7 @@ def clean_cache(cards: list[WeightCard], names: list[str] | None = None) -> int:
     for entry in cache_entries(cards):
         if names is None or entry.card in names:
             entry.path.unlink()
-            Path(f"{entry.path}.sha256").unlink(missing_ok=True)
+            for suffix in (".sha256", ".json"):
+                Path(f"{entry.path}{suffix}").unlink(missing_ok=True)
             freed += entry.size
     return freed

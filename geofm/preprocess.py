@@ -7,18 +7,28 @@ normalization → size. Nothing depends on the other samples of a batch.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from geofm.cards import InputSpec
 from geofm.errors import BandError, PixelError
-from geofm.spectral import Band, Match, NormalizedDifference, Sensor, match_bands, missing_message
+from geofm.spectral import (
+    Band,
+    Match,
+    NormalizedDifference,
+    Sensor,
+    match_bands,
+    missing_message,
+    resolve_bands,
+)
+from geofm.spectral import sensor as sensor_of
 
 __all__ = ["Preprocess", "offset_of_baseline"]
 
@@ -30,6 +40,8 @@ DN_PER_REFLECTANCE = 10_000.0
 # From processing baseline 04.00 on (2022-01-25), stored DN are 1000 too large.
 _OFFSET_BASELINE = (4, 0)
 _OFFSET_DN = -1000.0
+# What Sen2Cor writes when it is not run by ESA.
+_NO_BASELINE = "9999"
 
 # Limits by which data in other units are recognised. Reflectance above 1 is real (snow, glint,
 # cloud tops reach 2.8 in the MMEarth statistics); above 10 it is not.
@@ -50,12 +62,39 @@ def offset_of_baseline(baseline: str) -> float:
         -1000 from baseline 04.00 on, else 0.
 
     Raises:
-        PixelError: It is not a baseline.
+        PixelError: It is not a baseline, or it is 99.99, which says nothing.
     """
-    digits = baseline.strip().upper().removeprefix("N").replace(".", "")
-    if not digits.isdigit() or len(digits) != 4:
+    digits = str(baseline).strip().upper().removeprefix("N").replace(".", "")
+    if not isinstance(baseline, str) or not digits.isdecimal() or len(digits) != 4:
         raise PixelError(f"a processing baseline looks like '05.09' or 'N0509', got {baseline!r}")
+    if digits == _NO_BASELINE:
+        raise PixelError(
+            f"{baseline!r} marks products made outside ESA's processing and does not tell the "
+            f"offset; read BOA_ADD_OFFSET or RADIO_ADD_OFFSET in the product's metadata and give "
+            f"offset=-1000 or offset=0"
+        )
     return _OFFSET_DN if (int(digits[:2]), int(digits[2:])) >= _OFFSET_BASELINE else 0.0
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where one of the model's bands comes from.
+
+    Attributes:
+        band: The model's band.
+        kind: ``"channel"`` (a channel in the stated units), ``"derived"`` (computed from two
+            channels), ``"index"`` (a derived band that came with the image), ``"other"`` (a channel
+            in units of its own, such as an elevation), ``"mean"`` or ``"zero"``.
+        channels: The channels it is made of.
+        rule: How to derive or to finish it.
+        shown: What ``print`` says.
+    """
+
+    band: str
+    kind: str
+    channels: tuple[int, ...] = ()
+    rule: NormalizedDifference | None = None
+    shown: str = ""
 
 
 class Preprocess(nn.Module):
@@ -65,35 +104,34 @@ class Preprocess(nn.Module):
         spec: What the model takes.
         bands: The image's bands, in channel order.
         units: ``"dn"`` (stored integers, reflectance × 10000), ``"reflectance"`` (0 to 1), or
-            ``"uint8"`` (0 to 255).
+            ``"uint8"`` (0 to 255). A derived band that comes with the image (NDVI) is expected in
+            the checkpoint's scale, from -1 to 1, or × 255.
         level: ``"L1C"`` (top of atmosphere) or ``"L2A"`` (surface). Required if the checkpoint's
             statistics differ by level.
         sensor: Sensor whose names `bands` are; None for the model's.
         offset: Added to DN, for example -1000; with ``units="dn"`` only.
         baseline: Processing baseline, from which the offset follows; instead of `offset`.
         nodata: Stored value or values that mean "no data"; None for the card's (not for
-            ``"uint8"``, where 0 is black). NaN and infinities always do.
-        fill: For bands the image lacks: ``"mean"`` (the training mean), ``"zero"`` (DN 0), or a
-            mapping of a missing band to ``"mean"``, ``"zero"`` or the band to copy. None: a missing
-            band is an error.
+            ``"uint8"``, where 0 is black). NaN, infinities and what a masked array masks always do.
+            0 never does in an index or a band without wavelength, where it is a value.
+        fill: For bands the image lacks: ``"mean"`` (the training mean), ``"zero"`` (DN 0), the name
+            of a band to copy, or a mapping of a missing band to one of these. None: a missing band
+            is an error.
         tolerance: Let the nearest band within this many nm stand in for one that is not found by
             name.
         fit: ``"any"``, ``"crop_or_resize"``, or None for the card's rule.
         size: Side in px for ``"crop_or_resize"``; None for the card's.
         white: Reflectance that a ``"uint8"`` value of 255 means. Sentinel-2 true-colour images
             saturate at 0.3558 (L1C) or 0.2 (L2A).
-        statistics: Mean and standard deviation, in DN, of bands the checkpoint was not trained on.
+        statistics: Mean and standard deviation of bands the checkpoint was not trained on, in DN;
+            for bands that are not the sensor's (elevation, radar) in the unit they are stored in.
 
     Raises:
         BandError: A band is missing, repeated, or has no statistics.
         PixelError: Units, level or options are unknown or contradict each other.
     """
 
-    shift: Tensor
-    scale: Tensor
-    nodata: Tensor
-    constant: Tensor
-    channels: Tensor
+    _like: Tensor
 
     def __init__(
         self,
@@ -114,119 +152,26 @@ class Preprocess(nn.Module):
         statistics: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         super().__init__()
-        self.spec = spec
+        # A card's mappings are read-only proxies, which cannot be copied or pickled.
+        self.spec = replace(spec, statistics=dict(spec.statistics), derived=dict(spec.derived))
         self.units = _check_units(units)
         self.level = _check_level(spec, level)
-        self.fit = fit or spec.fit
-        self.size = size or spec.size
-        if self.fit not in ("any", "crop_or_resize"):
-            raise PixelError(f"fit must be 'any' or 'crop_or_resize', got {fit!r}")
+        self.fit, self.size = _check_size(spec, fit, size)
         self.factor, self.offset = _to_dn(units, offset, baseline, white)
-        self.matches = match_bands(
-            spec.bands,
-            bands,
-            wanted_sensor=spec.sensor,
-            available_sensor=sensor,
-            tolerance=tolerance,
-        )
-        self.source_bands = tuple(b.name if isinstance(b, Band) else str(b) for b in bands)
-        self._plan(fill, sensor, tolerance)
+        self.nodata = _check_nodata(spec, units, nodata)
 
+        planner = _Planner(spec, bands, sensor, fill, tolerance)
+        self.source_bands = planner.names
+        self.sources = planner.plan()
         shift, scale = spec.shift_and_scale(self.level)
-        shift, scale = _complete_statistics(spec.bands, shift, scale, statistics)
-        if any(c == "mean" for c in self.constants.values()) and spec.normalization == "divide":
+        self.shift, self.scale = _complete_statistics(spec.bands, shift, scale, statistics)
+        if spec.normalization == "divide" and any(s.kind == "mean" for s in self.sources):
             raise BandError(
                 "fill='mean' needs training means, and this checkpoint divides by a constant and "
                 "publishes none; use fill='zero' or copy a band"
             )
-        column = (-1, 1, 1)
-        self.register_buffer("shift", torch.tensor(shift).view(column), persistent=False)
-        self.register_buffer("scale", torch.tensor(scale).view(column), persistent=False)
-        if nodata is None:
-            values: Sequence[float] = () if units == "uint8" else spec.nodata
-        else:
-            values = [nodata] if isinstance(nodata, int | float) else nodata
-        self.register_buffer("nodata", torch.tensor(list(values)), persistent=False)
-        # What a filled band is after normalization: its mean is 0, DN 0 is -mean / std.
-        constant = [
-            -shift[i] / scale[i] if self.constants.get(name) == "zero" else 0.0
-            for i, name in enumerate(spec.bands)
-        ]
-        self.register_buffer("constant", torch.tensor(constant).view(column), persistent=False)
-        plain = [self.copies.get(name, 0) for name in spec.bands]
-        self.register_buffer("channels", torch.tensor(plain), persistent=False)
-
-    def _plan(
-        self,
-        fill: str | Mapping[str, str] | None,
-        sensor: str | Sensor | None,
-        tolerance: float | None,
-    ) -> None:
-        """Decide for every wanted band: a channel to take, an index to compute, or a constant."""
-        self.copies: dict[str, int] = {}
-        self.derived: dict[str, tuple[NormalizedDifference, tuple[int, int]]] = {}
-        self.constants: dict[str, str] = {}
-        missing: list[Match] = []
-        for match in self.matches:
-            if match.index is not None:
-                self.copies[match.wanted] = match.index
-                if match.how == "wavelength":
-                    logger.info("%s stands in for %s", match.found, match.wanted)
-                continue
-            rule = self.spec.derived.get(match.wanted)
-            parts = self._indices_of(rule.bands, sensor, tolerance) if rule else None
-            if rule and parts:
-                self.derived[match.wanted] = (rule, parts)
-                continue
-            how = fill if isinstance(fill, str) else (fill or {}).get(match.wanted)
-            if how in ("mean", "zero"):
-                self.constants[match.wanted] = how
-            elif how is not None:
-                self.copies[match.wanted] = self._index_to_copy(match.wanted, how, sensor)
-            else:
-                missing.append(match)
-        if missing:
-            raise BandError(
-                missing_message(missing, self.source_bands, "the model")
-                + " To go on without: fill='mean', fill='zero', or fill={'<missing>': '<band to "
-                "copy>'}; or create the model for the bands you have (bands=[...])."
-            )
-        if isinstance(fill, Mapping):
-            unused = [name for name in fill if name not in {m.wanted for m in self.matches}]
-            if unused:
-                raise BandError(
-                    f"fill names {', '.join(unused)}, which the model does not take; it takes "
-                    f"{', '.join(self.spec.bands)}"
-                )
-        if not self.copies and not self.derived:
-            raise BandError("none of the model's bands is in the input; nothing to compute from")
-
-    def _indices_of(
-        self, names: Sequence[str], sensor: str | Sensor | None, tolerance: float | None
-    ) -> tuple[int, int] | None:
-        found = match_bands(
-            names,
-            self.source_bands,
-            wanted_sensor=self.spec.sensor,
-            available_sensor=sensor,
-            tolerance=tolerance,
-        )
-        a, b = (match.index for match in found)
-        return None if a is None or b is None else (a, b)
-
-    def _index_to_copy(self, wanted: str, how: str, sensor: str | Sensor | None) -> int:
-        (match,) = match_bands(
-            [how],
-            self.source_bands,
-            wanted_sensor=sensor or self.spec.sensor,
-            available_sensor=sensor or self.spec.sensor,
-        )
-        if match.index is None:
-            raise BandError(
-                f"fill copies {how!r} into {wanted!r}, but the input has "
-                f"{', '.join(self.source_bands)}; or use 'mean' or 'zero'"
-            )
-        return match.index
+        # Holds no number, only the device and type that the module was moved to.
+        self.register_buffer("_like", torch.empty(0, dtype=torch.float32), persistent=False)
 
     def forward(self, pixels: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """Prepare pixels.
@@ -236,98 +181,75 @@ class Preprocess(nn.Module):
                 C the bands that were described.
 
         Returns:
-            float32 with the model's bands in place of C, the other dimensions kept, unless the size
-            rule changes H and W. Missing pixels are 0.
+            float32 (or what the module was cast to; it computes in float32) with the model's bands
+            in place of C, the other dimensions kept, unless the size rule changes H and W. Missing
+            pixels are 0. Tensors stay on their device, arrays go to the module's.
 
         Raises:
             PixelError: The shape is wrong, or the values cannot be in the stated units.
         """
-        tensor = self._as_tensor(pixels)
-        floats = tensor.float()
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+        stored = str(pixels.dtype) if isinstance(pixels, np.ndarray | Tensor) else ""
+        floats = self._as_floats(pixels)
+        self._check_shape(floats)
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # type: ignore[attr-defined, no-untyped-call]
             # Looks at values, so it cannot be part of an exported graph.
-            self._check_values(floats, tensor.dtype)
-        return self._prepare(floats)
+            self._check_values(floats, stored)
+        return self._fit(self._prepare(floats)).to(self._like.dtype)
 
-    def _as_tensor(self, pixels: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    def _as_floats(self, pixels: Tensor | np.ndarray[Any, Any]) -> Tensor:
         if isinstance(pixels, np.ndarray):
             if pixels.dtype.kind not in "iuf":
                 raise PixelError(f"pixels must be integers or floats, got {pixels.dtype}")
-            # torch has no byte-swapped arrays and little arithmetic for uint16 and uint32.
-            wide = pixels.dtype.kind == "f" and pixels.dtype.itemsize > 4
-            kept = pixels.dtype in (np.uint8, np.float32)
-            pixels = torch.from_numpy(
-                np.ascontiguousarray(
-                    pixels if kept else pixels.astype(np.float64 if wide else np.float32)
-                )
-            )
-        elif not isinstance(pixels, Tensor):
+            # A copy, as torch takes neither byte-swapped, reversed nor read-only arrays.
+            with np.errstate(over="ignore"):
+                floats = pixels.astype(np.float32, order="C")
+            if isinstance(floats, np.ma.MaskedArray):
+                floats = floats.filled(np.nan)
+            return torch.from_numpy(np.asarray(floats)).to(self._like.device)
+        if not isinstance(pixels, Tensor):
             raise PixelError(f"pixels must be a numpy array or a tensor, got {type(pixels)}")
-        elif pixels.dtype == torch.bool or pixels.is_complex():
+        if pixels.dtype == torch.bool or pixels.is_complex():
             raise PixelError(f"pixels must be integers or floats, got {pixels.dtype}")
+        return pixels.float()
+
+    def _check_shape(self, pixels: Tensor) -> None:
         if pixels.ndim not in (3, 4):
             raise PixelError(
                 f"pixels must be (C, H, W), (N, C, H, W) or (T, C, H, W), got {tuple(pixels.shape)}"
             )
         if pixels.shape[-3] != len(self.source_bands):
-            last = " Are the channels last? Move them: pixels.permute(..., 2, 0, 1)."
+            last = " Are the channels last? Move them to the front of height and width."
             raise PixelError(
                 f"pixels have {pixels.shape[-3]} channels, but {len(self.source_bands)} bands were "
-                f"named: {', '.join(self.source_bands)}."
+                f"named: {', '.join(self.source_bands)}; the shape is {tuple(pixels.shape)}."
                 + (last if pixels.shape[-1] == len(self.source_bands) else "")
             )
-        return pixels
+        if pixels.shape[-1] == 0 or pixels.shape[-2] == 0:
+            raise PixelError(f"pixels have no height or no width: {tuple(pixels.shape)}")
 
-    def _check_values(self, pixels: Tensor, stored: torch.dtype) -> None:
-        used = sorted({*self.copies.values(), *(i for _, p in self.derived.values() for i in p)})
-        used = [i for i in used if i not in self._index_channels()]
-        values = pixels[..., used, :, :]
-        if stored == torch.uint8 and self.units == "dn":
-            raise PixelError(
-                "pixels are 8-bit, but units='dn' means reflectance x 10000; "
-                "for 0 to 255 images say units='uint8'"
-            )
-        values = values[~self._is_missing(values)]
-        if values.numel() == 0:
-            return
-        low, high = float(values.min()), float(values.max())
-        seen = f"values from {low:g} to {high:g} ({stored})"
-        if self.units == "dn":
-            if high < _MAX_LOOKS_LIKE_REFLECTANCE and bool((values != values.round()).any()):
-                raise PixelError(
-                    f"units='dn' means reflectance x 10000, but the pixels have {seen}: that looks "
-                    f"like reflectance; say units='reflectance'"
-                )
-            if low < _MIN_DN or high > _MAX_DN:
-                raise PixelError(
-                    f"units='dn' allows {_MIN_DN:g} to {_MAX_DN:g}, but the pixels have {seen}. Is "
-                    f"there a no-data value to name (nodata={low if low < _MIN_DN else high:g})?"
-                )
-        elif self.units == "reflectance":
-            if high > _MAX_REFLECTANCE or low < -1:
-                raise PixelError(
-                    f"units='reflectance' means 0 to 1, but the pixels have {seen}: "
-                    + (
-                        f"is there a no-data value to name (nodata={low:g})?"
-                        if low < -1
-                        else "that looks like DN; say units='dn'"
-                    )
-                )
-            if not stored.is_floating_point and high > 1:
-                raise PixelError(
-                    f"units='reflectance' means 0 to 1, but the pixels are integers with {seen}"
-                )
-        elif high > 255 or low < 0:
-            raise PixelError(f"units='uint8' means 0 to 255, but the pixels have {seen}")
-        elif high <= 1 and bool((values != values.round()).any()):
-            raise PixelError(
-                f"units='uint8' means 0 to 255, but the pixels have {seen}: that looks like "
-                f"reflectance; say units='reflectance'"
-            )
-
-    def _index_channels(self) -> set[int]:
-        """Channels that hold an index (NDVI), to which limits of reflectance do not apply."""
-        return {self.copies[name] for name in self.spec.derived if name in self.copies}
+    def _check_values(self, pixels: Tensor, stored: str) -> None:
+        """Refuse samples that cannot be in the stated units, each judged by itself."""
+        for kinds in (("channel", "derived"), ("index",)):
+            used = sorted({c for s in self.sources if s.kind in kinds for c in s.channels})
+            if not used:
+                continue
+            values = pixels[..., used, :, :].reshape(-1, len(used), *pixels.shape[-2:])
+            if kinds == ("index",):
+                missing = self._is_missing_in_other(values)
+            else:
+                missing = self._is_missing(values)
+            every = (1, 2, 3)
+            lows = values.masked_fill(missing, torch.inf).amin(every).tolist()
+            highs = values.masked_fill(missing, -torch.inf).amax(every).tolist()
+            wholes = ((values == values.round()) | missing).flatten(1).all(1).tolist()
+            for number, seen in enumerate(zip(lows, highs, wholes, strict=True)):
+                if seen[0] > seen[1]:
+                    continue
+                judge = _index_refusal if kinds == ("index",) else _refusal
+                problem = judge(self.units, _Seen(*seen, stored))
+                if problem:
+                    where = f" (sample {number} of {len(lows)})" if len(lows) > 1 else ""
+                    raise PixelError(problem + where)
 
     def _is_missing(self, pixels: Tensor) -> Tensor:
         missing = ~torch.isfinite(pixels)
@@ -335,33 +257,40 @@ class Preprocess(nn.Module):
             missing = missing | (pixels == value)
         return missing
 
+    def _is_missing_in_other(self, pixels: Tensor) -> Tensor:
+        # Where 0 is a value like any other: an index, an elevation.
+        missing = ~torch.isfinite(pixels)
+        for value in self.nodata:
+            if value != 0:
+                missing = missing | (pixels == value)
+        return missing
+
     def _prepare(self, pixels: Tensor) -> Tensor:
-        missing = self._is_missing(pixels)
-        dn = pixels * self.factor + self.offset
-        picked = dn.index_select(-3, self.channels)
-        absent = missing.index_select(-3, self.channels)
-        layers = list(picked.unbind(-3))
-        masks = list(absent.unbind(-3))
-        for i, name in enumerate(self.spec.bands):
-            if name in self.derived:
-                rule, (a, b) = self.derived[name]
-                first, second = dn.select(-3, a), dn.select(-3, b)
-                layers[i] = rule(dict(zip(rule.bands, (first, second), strict=True)))
-                masks[i] = missing.select(-3, a) | missing.select(-3, b)
-            elif name in self.spec.derived and name in self.copies:
-                # An index that came with the image: no offset, and 0 is a value like any other.
-                raw = pixels.select(-3, self.copies[name])
-                rule = self.spec.derived[name]
-                layers[i] = rule.finish(raw * self.factor / rule.scale)
-                masks[i] = ~torch.isfinite(raw)
-        out = (torch.stack(layers, -3) - self.shift) / self.scale
-        mask = torch.stack(masks, -3)
-        out = torch.where(mask, torch.zeros_like(out), out)
-        if self.constants:
-            filled = [name in self.constants for name in self.spec.bands]
-            where = torch.tensor(filled, device=out.device).view(-1, 1, 1)
-            out = torch.where(where, self.constant.expand_as(out), out)
-        return self._fit(out)
+        layers = []
+        for source, shift, scale in zip(self.sources, self.shift, self.scale, strict=True):
+            planes = [pixels.select(-3, channel) for channel in source.channels]
+            missing = None
+            if source.kind == "mean":
+                layer = torch.full_like(pixels.select(-3, 0), shift)
+            elif source.kind == "zero":
+                layer = torch.zeros_like(pixels.select(-3, 0))
+            elif source.kind == "channel":
+                layer = planes[0] * self.factor + self.offset
+                missing = self._is_missing(planes[0])
+            elif source.kind == "derived":
+                assert source.rule is not None
+                parts = [plane * self.factor + self.offset for plane in planes]
+                layer = source.rule(dict(zip(source.rule.bands, parts, strict=True)))
+                missing = self._is_missing(planes[0]) | self._is_missing(planes[1])
+            else:
+                layer = planes[0]
+                missing = self._is_missing_in_other(layer)
+                if source.rule is not None:
+                    unit = {"dn": source.rule.scale, "reflectance": 1.0, "uint8": 255.0}
+                    layer = source.rule.finish(layer / unit[self.units])
+            layer = (layer - shift) / scale
+            layers.append(layer if missing is None else layer.masked_fill(missing, 0.0))
+        return torch.stack(layers, -3)
 
     def _fit(self, x: Tensor) -> Tensor:
         if self.fit == "any":
@@ -372,23 +301,222 @@ class Preprocess(nn.Module):
             top, left = (height - side) // 2, (width - side) // 2
             return x[..., top : top + side, left : left + side]
         batched = x if x.ndim == 4 else x[None]
-        resized = F.interpolate(batched, size=(side, side), mode="bicubic", align_corners=False)
+        resized = nn.functional.interpolate(
+            batched, size=(side, side), mode="bicubic", align_corners=False
+        )
         return resized if x.ndim == 4 else resized[0]
 
     def extra_repr(self) -> str:
         """One line for ``print``."""
-        taken = [
-            f"{m.found}→{m.wanted}" if m.found not in (None, m.wanted) else m.wanted
-            for m in self.matches
-            if m.wanted not in self.constants
-        ]
-        filled = [f"{name}={how}" for name, how in self.constants.items()]
         return (
             f"units={self.units}, level={self.level}, offset={self.offset:g}, "
-            f"bands=[{', '.join(taken)}]"
-            + (f", filled=[{', '.join(filled)}]" if filled else "")
-            + f", fit={self.fit}"
+            f"bands=[{', '.join(source.shown for source in self.sources)}], fit={self.fit}"
+            + (f", size={self.size}" if self.fit != "any" else "")
         )
+
+
+class _Planner:
+    """Decides for every band of a model where it comes from.
+
+    Args:
+        spec: What the model takes.
+        bands: The image's bands, in channel order.
+        sensor: Sensor whose names `bands` are; None for the model's.
+        fill: As in `Preprocess`.
+        tolerance: As in `Preprocess`.
+    """
+
+    def __init__(
+        self,
+        spec: InputSpec,
+        bands: Sequence[str | Band],
+        sensor: str | Sensor | None,
+        fill: str | Mapping[str, str] | None,
+        tolerance: float | None,
+    ) -> None:
+        self.spec = spec
+        self.own = sensor_of(spec.sensor)
+        self.sensor = self.own if sensor is None else sensor_of(sensor)
+        self.resolved = resolve_bands(bands, self.sensor)
+        self.bands = tuple(bands)
+        self.names = tuple(b.name if isinstance(b, Band) else str(b) for b in bands)
+        self.tolerance = tolerance
+        self.fill = self._check_fill(fill)
+
+    def plan(self) -> tuple[_Source, ...]:
+        """One source for each of the model's bands.
+
+        Raises:
+            BandError: A band is missing and no fill was chosen, or nothing is left but fills.
+        """
+        matches = self._match(self.spec.bands)
+        sources = []
+        missing = []
+        for match in matches:
+            source = self._found(match) or self._derived(match.wanted) or self._filled(match.wanted)
+            if source is None:
+                missing.append(match)
+            else:
+                sources.append(source)
+        if missing:
+            found = [match for match in matches if match.index is not None]
+            raise BandError(
+                missing_message([*missing, *found], self.bands, "the model", read_as=self.sensor)
+                + " To go on without: fill='mean', fill='zero', or fill={'<missing>': '<band to "
+                "copy>'}; or create the model for the bands you have (bands=[...])."
+            )
+        if not any(source.channels for source in sources):
+            raise BandError("none of the model's bands is in the input; nothing to compute from")
+        return tuple(sources)
+
+    def _match(self, wanted: Sequence[str]) -> tuple[Match, ...]:
+        return match_bands(
+            wanted,
+            self.bands,
+            wanted_sensor=self.own,
+            available_sensor=self.sensor,
+            tolerance=self.tolerance,
+        )
+
+    def _check_fill(self, fill: str | Mapping[str, str] | None) -> str | Mapping[str, str] | None:
+        if fill is None or isinstance(fill, str):
+            return fill
+        parents = [name for rule in self.spec.derived.values() for name in rule.bands]
+        known = {*self.spec.bands, *parents}
+        rules = {}
+        for name, how in fill.items():
+            band = self.own.find(name)
+            own = name if name in known or band is None else band.name
+            if own not in known:
+                raise BandError(
+                    f"fill names {name}, which the model does not take; it takes "
+                    f"{', '.join(self.spec.bands)}"
+                )
+            rules[own] = how
+        return rules
+
+    def _found(self, match: Match) -> _Source | None:
+        if match.index is None:
+            return None
+        name = match.wanted
+        shown = name if match.found == name else f"{match.found}→{name}"
+        if match.how == "wavelength":
+            logger.info("%s stands in for %s", match.found, name)
+        have = self.resolved[match.index]
+        if name in self.spec.derived:
+            return _Source(name, "index", (match.index,), self.spec.derived[name], shown)
+        spectral = self.own.find(name) or have.wavelength or have.common_name
+        return _Source(name, "channel" if spectral else "other", (match.index,), None, shown)
+
+    def _derived(self, name: str) -> _Source | None:
+        rule = self.spec.derived.get(name)
+        if rule is None or (isinstance(self.fill, Mapping) and name in self.fill):
+            return None
+        channels = []
+        for match in self._match(rule.bands):
+            index = match.index
+            how = self._how(match.wanted)
+            if index is None and how is not None and how not in ("mean", "zero"):
+                index = self._to_copy(match.wanted, how)
+            if index is None:
+                return None
+            channels.append(index)
+        parts = ", ".join(self.names[channel] for channel in channels)
+        return _Source(name, "derived", tuple(channels), rule, f"({parts})→{name}")
+
+    def _filled(self, name: str) -> _Source | None:
+        how = self._how(name)
+        if how is None:
+            return None
+        if how in ("mean", "zero"):
+            return _Source(name, how, shown=f"{name}={how}")
+        channel = self._to_copy(name, how)
+        return _Source(name, "channel", (channel,), None, f"{self.names[channel]}→{name}")
+
+    def _how(self, name: str) -> str | None:
+        return self.fill.get(name) if isinstance(self.fill, Mapping) else self.fill
+
+    def _to_copy(self, wanted: str, how: str) -> int:
+        (match,) = match_bands(
+            [how], self.bands, wanted_sensor=self.sensor, available_sensor=self.sensor
+        )
+        if match.index is None:
+            raise BandError(
+                f"fill copies {how!r} into {wanted!r}, but the input has "
+                f"{', '.join(self.names)}; or use 'mean' or 'zero'"
+            )
+        return match.index
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the valid pixels of one sample are like."""
+
+    low: float
+    high: float
+    whole: bool
+    stored: str
+
+    @property
+    def integer(self) -> bool:
+        return "int" in self.stored
+
+    def __str__(self) -> str:
+        return f"values from {_number(self.low)} to {_number(self.high)} ({self.stored})"
+
+
+def _number(value: float) -> str:
+    """As short as can be, but exact: the reader may copy it."""
+    return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+
+
+def _refusal(units: str, seen: _Seen) -> str | None:
+    """Why pixels cannot be in the stated units; None if they can."""
+    says = {
+        "dn": "units='dn' means reflectance x 10000",
+        "reflectance": "units='reflectance' means 0 to 1",
+        "uint8": "units='uint8' means 0 to 255",
+    }[units]
+    problem = f"{says}, but the pixels have {seen}"
+    nodata = f"{problem}. Is there a no-data value to name (nodata={{}})?"
+    like_reflectance = f"{problem}: that looks like reflectance; say units='reflectance'"
+    if units == "dn":
+        if seen.stored.endswith("int8"):
+            return f"{problem}: these are 8 bits; for 0 to 255 images say units='uint8'"
+        if seen.low < _MIN_DN:
+            return nodata.format(_number(seen.low))
+        if seen.high > _MAX_DN:
+            return nodata.format(_number(seen.high))
+        if seen.high < _MAX_LOOKS_LIKE_REFLECTANCE and not seen.whole:
+            return like_reflectance
+    elif units == "reflectance":
+        if seen.integer:
+            meant = "uint8" if seen.stored.endswith("int8") else "dn"
+            return f"{problem}: integers are not reflectance; say units='{meant}'"
+        if seen.low < -1:
+            return nodata.format(_number(seen.low))
+        if seen.high > _MAX_REFLECTANCE:
+            return f"{problem}: that looks like DN; say units='dn'"
+    elif seen.low < 0:
+        return nodata.format(_number(seen.low))
+    elif seen.high > 255:
+        return f"{problem}: that looks like DN; say units='dn'"
+    elif seen.high <= 1 and not seen.whole:
+        return like_reflectance
+    return None
+
+
+def _index_refusal(units: str, seen: _Seen) -> str | None:
+    """The same for an index that comes with the image, in the scale that goes with the units."""
+    problem = f"the image's own index (NDVI) has {seen}, which does not go with units={units!r}"
+    help_ = "scale it, or leave it out: it is computed from its bands"
+    if units == "dn" and seen.low >= -1 and seen.high <= 1 and not seen.whole:
+        return f"{problem} (× 10000); {help_}"
+    if units == "reflectance" and seen.high > 100:
+        return f"{problem} (-1 to 1); {help_}"
+    if units == "uint8" and (seen.low < 0 or seen.high > 255 or not (seen.whole or seen.high > 1)):
+        return f"{problem} (0 to 255); {help_}"
+    return None
 
 
 def _check_units(units: str) -> str:
@@ -417,6 +545,37 @@ def _check_level(spec: InputSpec, level: str | None) -> str | None:
     return level
 
 
+def _check_size(spec: InputSpec, fit: str | None, size: int | None) -> tuple[str, int]:
+    rule = spec.fit if fit is None else fit
+    if rule not in ("any", "crop_or_resize"):
+        raise PixelError(f"fit must be 'any' or 'crop_or_resize', got {fit!r}")
+    if size is None:
+        return rule, spec.size
+    if rule == "any":
+        raise PixelError(
+            f"size={size} has no effect with fit='any', which keeps every tile as it is; "
+            f"add fit='crop_or_resize'"
+        )
+    if size < 1:
+        raise PixelError(f"size must be a number of pixels, got {size}")
+    return rule, int(size)
+
+
+def _check_nodata(
+    spec: InputSpec, units: str, nodata: float | Sequence[float] | None
+) -> tuple[float, ...]:
+    if nodata is None:
+        return () if units == "uint8" else spec.nodata
+    try:
+        values = np.asarray(nodata, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise PixelError(f"nodata must be a number or several, got {nodata!r}") from error
+    # As the pixels will be: 0.1 is another number in float32.
+    with np.errstate(over="ignore"):
+        kept = values.ravel().astype(np.float32)
+    return tuple(float(value) for value in kept if np.isfinite(value))
+
+
 def _to_dn(
     units: str, offset: float | None, baseline: str | None, white: float
 ) -> tuple[float, float]:
@@ -429,7 +588,7 @@ def _to_dn(
         )
     if white != 1.0 and units != "uint8":
         raise PixelError("white belongs to units='uint8': the reflectance that 255 means")
-    if white <= 0:
+    if not 0 < white < math.inf:
         raise PixelError(f"white must be positive, got {white}")
     if units == "reflectance":
         return DN_PER_REFLECTANCE, 0.0
@@ -437,8 +596,11 @@ def _to_dn(
         return DN_PER_REFLECTANCE * white / 255.0, 0.0
     if baseline is not None:
         return 1.0, offset_of_baseline(baseline)
-    if offset is not None and abs(offset) < 1:
-        raise PixelError(f"offset is added to DN, for example -1000, got {offset:g}")
+    if offset and not -math.inf < offset <= -1:
+        raise PixelError(
+            f"offset is added to DN to take away what the product added: -1000 from baseline "
+            f"04.00 on; got {offset:g}"
+        )
     return 1.0, float(offset or 0.0)
 
 
@@ -453,8 +615,8 @@ def _complete_statistics(
     unknown = [name for name in bands if np.isnan(known[name]).any() and name not in given]
     if unknown:
         raise BandError(
-            f"the checkpoint has no statistics for {', '.join(unknown)}; give them in DN: "
-            f"statistics={{{unknown[0]!r}: (mean, std)}}"
+            f"the checkpoint has no statistics for {', '.join(unknown)}; give them: "
+            f"statistics={{{unknown[0]!r}: (mean, std)}}, in DN"
         )
     strange = [name for name in given if not np.isnan(known.get(name, [0.0])).any()]
     if strange:
@@ -463,6 +625,6 @@ def _complete_statistics(
             f"does not take, {', '.join(strange)}"
         )
     pairs = [given.get(name, tuple(known[name])) for name in bands]
-    if any(pair[1] <= 0 for pair in pairs):
-        raise BandError("a standard deviation must be positive")
+    if not all(math.isfinite(mean) and 0 < std < math.inf for mean, std in pairs):
+        raise BandError("a mean must be finite and a standard deviation positive")
     return tuple(float(p[0]) for p in pairs), tuple(float(p[1]) for p in pairs)

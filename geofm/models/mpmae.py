@@ -54,8 +54,9 @@ def grn_linear(
         (N, H, W, C).
     """
     batch, height, width, depth = hidden.shape
-    # float32: a sum of squares over a tile leaves float16's range.
-    response = torch.linalg.vector_norm(hidden, dim=(1, 2), dtype=torch.float32)
+    # At least float32: a sum of squares over a tile leaves float16's range.
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    response = torch.linalg.vector_norm(hidden, dim=(1, 2), dtype=wide)
     relative = response / (response.mean(dim=-1, keepdim=True) + eps)
     scale = (1 + gamma.flatten() * relative).to(hidden.dtype)
     bias = F.linear(beta.flatten().to(weight.dtype), weight, bias)
@@ -306,6 +307,16 @@ class MPMAE(nn.Module):
         self.norm = nn.LayerNorm(dims[-1], eps=LAYER_NORM_EPS, **dd)
         self.head = _linear(dims[-1], self.num_classes, **dd)
 
+    @property
+    def cell_offset(self) -> float:
+        """Where the first cell of the last stage's map begins, in input pixels from the left or top.
+
+        0 with aligned padding: cells tile the image. The unpadded 3×3 convolution of the
+        classification padding moves it by 1, the padding of the k×k one back by k // 2.
+        """
+        k = self.patch_size // _HALVINGS
+        return 0.0 if self.stem_padding == "aligned" else 1.0 - k // 2
+
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Initialise all parameters: truncated normal with σ 0.02, as published; GRN starts at 0."""
@@ -332,8 +343,8 @@ class MPMAE(nn.Module):
         """
         blocks: Any = [
             (r"^stages\.(\d+)\.(\d+)", None),
-            # The reduction after stage i comes between stage i's last block and stage i + 1.
-            (r"^downsample_layers\.(\d+)", (99999,)),
+            # The reduction after stage i is a layer of its own, after all of the stage's blocks.
+            (r"^downsample_layers\.(\d+)", (1000,)),
         ]
         if coarse:
             blocks = [(r"^stages\.(\d+)", None), (r"^downsample_layers\.(\d+)", (0.5,))]

@@ -28,6 +28,10 @@ class SSL4EcoResNet(ResNet):
     # Parameters of the head: absent from a pretraining checkpoint, then left as initialised.
     head_prefixes: tuple[str, ...] = ("fc.",)
 
+    # Where the first cell of the last map begins, in input pixels. Every reduction of a ResNet is
+    # centred on even pixels, so cell i is centred on pixel 32 i, not on the middle of 32 pixels.
+    cell_offset: float = 0.5 - 32 / 2
+
     def __init__(self, in_chans: int = 9, num_classes: int = 0, **kwargs: Any) -> None:
         super().__init__(in_chans=in_chans, num_classes=num_classes, **kwargs)
 
@@ -65,6 +69,9 @@ class SSL4EcoViT(VisionTransformer):
     """
 
     head_prefixes: tuple[str, ...] = ("head.",)
+
+    # Patches tile the image.
+    cell_offset: float = 0.0
 
     def __init__(
         self,

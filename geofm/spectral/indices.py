@@ -13,13 +13,16 @@ __all__ = ["NormalizedDifference"]
 
 @dataclass(frozen=True)
 class NormalizedDifference:
-    """``clip((a - b) / (a + b + eps), minimum) * scale``, for example NDVI in a checkpoint's scale.
+    """``clip((a - b) / (a + b + eps), minimum, 1) * scale``: NDVI in a checkpoint's scale.
+
+    Negative a and b, which a subtracted offset leaves over dark water, count as 0: their sum can be
+    0 or negative, and the quotient then is any number. Where a + b + eps is 0, so is the index.
 
     Attributes:
         name: Name of the resulting band, for example ``"NDVI"``.
         bands: Names of a and b, for example ``("B8", "B4")``.
         scale: Multiplies the index: 10000 keeps it in the integer scale of DN.
-        minimum: Lower bound of the index before scaling; None for none.
+        minimum: Lower bound of the index before scaling; None for -1.
         eps: Added to the denominator, in DN.
     """
 
@@ -38,8 +41,9 @@ class NormalizedDifference:
         Returns:
             The scaled index, in that shape.
         """
-        a, b = (pixels[name] for name in self.bands)
-        return self.finish((a - b) / (a + b + self.eps))
+        a, b = (torch.clamp(pixels[name], min=0) for name in self.bands)
+        total = a + b + self.eps
+        return self.finish((a - b) / torch.where(total == 0, torch.ones_like(total), total))
 
     def finish(self, index: Tensor) -> Tensor:
         """Clip and scale an index that is already computed.
@@ -50,6 +54,5 @@ class NormalizedDifference:
         Returns:
             The scaled index.
         """
-        if self.minimum is not None:
-            index = torch.clamp(index, min=self.minimum)
-        return index * self.scale
+        minimum = -1.0 if self.minimum is None else self.minimum
+        return torch.clamp(index, min=minimum, max=1.0) * self.scale

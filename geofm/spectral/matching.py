@@ -10,7 +10,11 @@ from geofm.errors import BandError
 from geofm.spectral.bands import Band, Sensor
 from geofm.spectral.sensors import SENSORS, sensor
 
-__all__ = ["Match", "match_bands", "resolve_bands"]
+__all__ = ["Match", "match_bands", "missing_message", "resolve_bands"]
+
+# Centre wavelengths, in nm, within which two bands of one name are one band: those of Sentinel-2A,
+# B and C differ by up to 17 nm, different bands of one name by 30 and more.
+_SAME_BAND = 25.0
 
 
 @dataclass(frozen=True)
@@ -33,8 +37,9 @@ class Match:
 def resolve_bands(bands: Sequence[str | Band], of: str | Sensor) -> tuple[Band, ...]:
     """The bands that names stand for.
 
-    A name the sensor does not know becomes a band of that name with nothing else known (an elevation
-    model stacked with the image, a cloud mask).
+    A name the sensor does not know becomes a band of that name with nothing else known (an
+    elevation model stacked with the image, a cloud mask). A `Band` that says nothing but its name
+    is taken as that name; any other stands for itself.
 
     Args:
         bands: Names, aliases or bands.
@@ -44,23 +49,30 @@ def resolve_bands(bands: Sequence[str | Band], of: str | Sensor) -> tuple[Band, 
         One band each.
 
     Raises:
-        BandError: The sequence is a single string, or two entries are the same band.
+        BandError: The sequence is a single string, an entry is neither a name nor a band, or two
+            entries are the same band.
     """
     if isinstance(bands, str):
+        names = [name.strip() for name in bands.replace(";", ",").split(",")]
         raise BandError(
-            f"bands must be a list of names, got the string {bands!r}; "
-            f"write bands={bands.replace(';', ',').split(',')!r}"
+            f"bands must be a list of names, got the string {bands!r}; write bands={names!r}"
         )
     of = sensor(of)
     out: list[Band] = []
-    for band in bands:
-        resolved = band if isinstance(band, Band) else of.find(band) or Band(str(band))
-        for position, other in enumerate(out):
-            if other.name == resolved.name:
-                raise BandError(
-                    f"band {resolved.name!r} is listed twice, as {_name(bands[position])!r} and "
-                    f"{_name(band)!r}: which channel is it?"
-                )
+    positions: dict[str, int] = {}
+    for position, band in enumerate(bands):
+        if not isinstance(band, str | Band):
+            raise BandError(
+                f"bands must be names or Band objects, got {band!r} ({type(band).__name__})"
+            )
+        known = band if isinstance(band, Band) and _describes(band) else of.find(_name(band))
+        resolved = known or Band(_name(band))
+        first = positions.setdefault(resolved.name.lower(), position)
+        if first != position:
+            raise BandError(
+                f"band {resolved.name!r} is listed twice, as {_name(bands[first])!r} and "
+                f"{_name(band)!r}: which channel is it?"
+            )
         out.append(resolved)
     return tuple(out)
 
@@ -75,10 +87,10 @@ def match_bands(
 ) -> tuple[Match, ...]:
     """Find each wanted band among the available ones.
 
-    Within one sensor, names and aliases decide, and numbers mean what that sensor means by them.
-    Between two sensors a number means nothing ("B5" is red edge on Sentinel-2, near infrared on
-    Landsat 8): there the common name decides (``"red"``), and nothing else unless `tolerance` is
-    given.
+    Within one sensor, names and aliases decide. Between two sensors a number alone means nothing
+    ("B5" is red edge on Sentinel-2, near infrared on Landsat 8): there the common name decides
+    (``"red"``), or the same name for the same wavelength, and nothing else unless `tolerance` is
+    given. Available bands that nobody wants are ignored.
 
     Args:
         wanted: Bands a model takes.
@@ -99,13 +111,11 @@ def match_bands(
     wants = resolve_bands(wanted, first)
     haves = resolve_bands(available, second)
     names = [_name(band) for band in available]
-    same_names = _shares_names(first, second)
 
     matches: list[Match] = []
     for want in wants:
-        index, how = _find(want, haves, same_names)
-        if index is not None and how == "name" and names[index] != want.name:
-            how = "alias"
+        index = _find(want, haves, one_sensor=first == second)
+        how = "name" if index is not None and names[index] == want.name else "alias"
         if index is None and tolerance is not None:
             index, how = _nearest(want, haves, tolerance), "wavelength"
         if index is None:
@@ -116,7 +126,12 @@ def match_bands(
 
 
 def missing_message(
-    matches: Sequence[Match], available: Sequence[str | Band], needed_by: str
+    matches: Sequence[Match],
+    available: Sequence[str | Band],
+    needed_by: str,
+    *,
+    named: Sequence[str | Band] | None = None,
+    read_as: str | Sensor = "sentinel2",
 ) -> str:
     """The message for bands that were not found: which, among what, and what could be done.
 
@@ -124,6 +139,8 @@ def missing_message(
         matches: From `match_bands`.
         available: What was searched.
         needed_by: What needs the bands.
+        named: The names the caller chose, which may be another sensor's; None for `available`.
+        read_as: The sensor they were taken for.
 
     Returns:
         A sentence or several.
@@ -134,38 +151,60 @@ def missing_message(
         f"{needed_by} needs {', '.join(missing)}, which the input does not have; "
         f"it has {', '.join(names) or 'none'}."
     )
+    read_as = sensor(read_as)
+    # A name that means something is no misspelling of another.
+    odd = [name for name in names if read_as.find(name) is None]
+    odd = [name for name in odd if name not in {match.found for match in matches}]
     for name in missing:
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-        if close and close[0] not in [match.found for match in matches]:
-            message += f" Is {close[0]!r} meant to be {name!r}?"
-    known = [s for s in SENSORS.values() if names and all(s.find(n) for n in names)]
-    if known and not any(s.find(name) for s in known for name in missing):
-        message += f" If the names are those of another sensor, say so: sensor={known[0].name!r}."
+        close = difflib.get_close_matches(name.lower(), [o.lower() for o in odd], n=1)
+        for meant in [o for o in odd if o.lower() in close]:
+            message += f" Is {meant!r} meant to be {name!r}?"
+    others = _sensors_knowing(available if named is None else named, read_as)
+    if others:
+        message += (
+            f" If the names are those of another sensor, say so: "
+            f"sensor={' or '.join(repr(other) for other in others)}."
+        )
     return message
+
+
+def _sensors_knowing(bands: Sequence[str | Band], read_as: Sensor) -> list[str]:
+    """Sensors that know all the names, if `read_as` does not."""
+    names = [_name(band) for band in bands]
+    names = [name for name in names if any(s.find(name) for s in SENSORS.values())]
+    if all(read_as.find(name) for name in names):
+        return []
+    return [s.name for s in SENSORS.values() if all(s.find(name) for name in names)]
 
 
 def _name(band: str | Band) -> str:
     return band.name if isinstance(band, Band) else str(band)
 
 
-def _shares_names(a: Sensor, b: Sensor) -> bool:
-    # Sentinel-2 A, B and C, and HLS S30, call the same bands by the same names.
-    shared = [band for band in a if b.find(band.name) is not None]
-    return len(shared) == len(a) and all(
-        band.common_name == b[band.name].common_name for band in shared
-    )
+def _describes(band: Band) -> bool:
+    return band.wavelength is not None or band.common_name is not None
 
 
-def _find(want: Band, haves: Sequence[Band], same_names: bool) -> tuple[int | None, str]:
+def _find(want: Band, haves: Sequence[Band], one_sensor: bool) -> int | None:
     for index, have in enumerate(haves):
-        # A band that no sensor describes (NDVI, elevation) is the same thing everywhere.
-        opaque = want.wavelength is None and have.wavelength is None
-        if have.name.lower() == want.name.lower() and (same_names or opaque or have == want):
-            return index, "name"
+        if have.name.lower() == want.name.lower() and _agree(want, have, one_sensor):
+            return index
     if want.common_name is None:
-        return None, "missing"
+        return None
     named = [i for i, have in enumerate(haves) if have.common_name == want.common_name]
-    return (named[0], "alias") if len(named) == 1 and not same_names else (None, "missing")
+    return named[0] if len(named) == 1 else None
+
+
+def _agree(a: Band, b: Band, one_sensor: bool) -> bool:
+    """Whether two bands of one name are one band."""
+    if a == b:
+        return True
+    if not _describes(a) or not _describes(b):
+        # A band that no sensor describes (NDVI, elevation) is the same thing everywhere.
+        return one_sensor or not (_describes(a) or _describes(b))
+    if a.wavelength is not None and b.wavelength is not None:
+        return abs(a.wavelength - b.wavelength) <= _SAME_BAND
+    return a.common_name == b.common_name
 
 
 def _nearest(want: Band, haves: Sequence[Band], tolerance: float) -> int | None:
@@ -182,14 +221,16 @@ def _nearest(want: Band, haves: Sequence[Band], tolerance: float) -> int | None:
 
 def _refuse_shared(matches: Sequence[Match]) -> None:
     # One channel under two names would look like two observations to the model.
-    taken: dict[int, str] = {}
+    taken: dict[int, Match] = {}
     for match in matches:
         if match.index is None:
             continue
-        if match.index in taken:
+        other = taken.setdefault(match.index, match)
+        if other is not match:
+            # The one that a name gives keeps the band; the other has to do without.
+            loser = match if match.how == "wavelength" else other
             raise BandError(
-                f"{match.found!r} is the nearest band to both {taken[match.index]!r} and "
-                f"{match.wanted!r}; lower the tolerance, or copy it explicitly with "
-                f"fill={{{match.wanted!r}: {match.found!r}}}"
+                f"{match.found!r} would be both {other.wanted!r} and {match.wanted!r}; lower the "
+                f"tolerance, so that {loser.wanted!r} is missing, or copy it on purpose: "
+                f"create_transform(..., fill={{{loser.wanted!r}: {match.found!r}}})"
             )
-        taken[match.index] = match.wanted

@@ -1,0 +1,261 @@
+"""The ``geofm`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from geofm import __version__
+from geofm.errors import DownloadError, GeofmError
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: Words of the command line; None for the process's own.
+
+    Returns:
+        Exit status: 0, or 2 after an error that was explained.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    _say_what_happens(options.verbose)
+    try:
+        status: int = options.run(options)
+    except GeofmError as error:
+        print(f"geofm: error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _say_what_happens(verbose: bool) -> None:
+    # Only geofm's own messages: GDAL, for one, logs much that no user can act on.
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("geofm: %(message)s"))
+    logger = logging.getLogger("geofm")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    warnings.formatwarning = lambda message, *_, **__: f"geofm: warning: {message}\n"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="geofm", description="A model zoo for ecology from space.")
+    parser.add_argument("--version", action="version", version=f"geofm {__version__}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="list models, or checkpoints with --pretrained")
+    listing.add_argument("filter", nargs="?", default="*", help="wildcard, for example 'mpmae_*'")
+    listing.add_argument("--pretrained", action="store_true", help="list checkpoints as name.tag")
+    listing.add_argument("--markdown", action="store_true", help="print the README's table")
+    listing.set_defaults(run=_list)
+
+    info = commands.add_parser("info", help="show a checkpoint's card")
+    info.add_argument("name", help="model or model.tag")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    info.set_defaults(run=_info)
+
+    download = commands.add_parser("download", help="fetch, verify and convert checkpoints")
+    download.add_argument("names", nargs="+", metavar="NAME", help="model or model.tag")
+    download.add_argument(
+        "--accept-new-hash",
+        action="store_true",
+        help="trust the file as it is now, where no hash is published",
+    )
+    download.set_defaults(run=_download)
+
+    cache = commands.add_parser("cache", help="look after the downloaded files")
+    cache.add_argument("action", choices=("list", "verify", "clean"))
+    cache.add_argument("names", nargs="*", metavar="NAME", help="only these checkpoints (clean)")
+    cache.set_defaults(run=_cache)
+
+    sample = commands.add_parser("sample", help="write generated samples, for trying things out")
+    sample.add_argument("kind", choices=("scene", "eurosat"))
+    sample.add_argument("output", type=Path, help="GeoTIFF (scene) or folder (eurosat)")
+    sample.add_argument("--size", type=int, default=None, help="side in px")
+    sample.add_argument("--n", type=int, default=6, help="tiles per class (eurosat)")
+    sample.add_argument("--level", choices=("L1C", "L2A"), default="L2A", help="of the scene")
+    sample.add_argument("--day", type=int, default=180, help="day of the year (scene)")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.set_defaults(run=_sample)
+
+    _add_embed(commands)
+    return parser
+
+
+def _add_embed(commands: Any) -> None:
+    embed = commands.add_parser("embed", help="a grid of embeddings of a multispectral GeoTIFF")
+    embed.add_argument("input", type=Path)
+    embed.add_argument("-o", "--output", type=Path, required=True, help="GeoTIFF to write")
+    embed.add_argument("--model", default="mpmae_atto", help="model or model.tag (%(default)s)")
+    embed.add_argument("--weights", help="tag or path, instead of the default checkpoint")
+    embed.add_argument(
+        "--no-pretrained", action="store_true", help="random weights; the output says so"
+    )
+    embed.add_argument("--bands", help="names in order, B1,B2,...; default: the file's own")
+    embed.add_argument("--sensor", help="whose names they are, for example landsat_oli")
+    embed.add_argument("--level", choices=("L1C", "L2A"))
+    embed.add_argument("--units", choices=("dn", "reflectance", "uint8"), default="dn")
+    embed.add_argument("--offset", type=float, help="added to DN, for example -1000")
+    embed.add_argument("--baseline", help="processing baseline, from which the offset follows")
+    embed.add_argument("--nodata", type=float, action="append", help="may be repeated")
+    embed.add_argument("--fill", help="for missing bands: mean, zero, or B10=B9,B1=mean")
+    embed.add_argument("--tolerance", type=float, help="nm by which a band may stand in")
+    embed.add_argument("--picture", type=Path, help="PNG; default: beside the output")
+    embed.set_defaults(run=_embed)
+
+
+def _list(options: argparse.Namespace) -> int:
+    from geofm import registry
+    from geofm.tables import checkpoint_table
+
+    if options.markdown:
+        print(checkpoint_table(options.filter))
+        return 0
+    names = registry.list_models(options.filter, pretrained=options.pretrained)
+    for name in names:
+        print(name)
+    if not names:
+        print(f"nothing matches {options.filter!r}", file=sys.stderr)
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from geofm import hub, registry
+    from geofm.tables import card_text
+
+    card = registry.model_card(options.name)
+    if options.json:
+        content = asdict(_plain(card))
+        print(json.dumps(content, indent=2, default=str))
+    else:
+        print(card_text(card))
+        print(f"cached:    {'yes' if hub.is_cached(card) else 'no'}")
+    return 0
+
+
+def _plain(card: Any) -> Any:
+    """The card with ordinary dictionaries in place of read-only ones, which asdict cannot copy."""
+    from dataclasses import replace
+
+    spec = replace(
+        card.input, statistics=dict(card.input.statistics), derived=dict(card.input.derived)
+    )
+    return replace(
+        card, arguments=dict(card.arguments), training=dict(card.training), input=spec
+    )
+
+
+def _download(options: argparse.Namespace) -> int:
+    from geofm import hub, registry
+
+    for name in options.names:
+        card = registry.model_card(name)
+        path = hub.fetch(card, accept_new_hash=options.accept_new_hash)
+        hub.load_card_weights(card)
+        print(f"{card.name}: {path}")
+    return 0
+
+
+def _cache(options: argparse.Namespace) -> int:
+    from geofm import hub, registry
+    from geofm.cards import published_cards
+
+    cards = list(published_cards().values())
+    if options.action == "clean":
+        names = [registry.model_card(name).name for name in options.names] or None
+        print(f"freed {hub.clean_cache(cards, names) / 1e6:,.1f} MB in {hub.cache_dir()}")
+        return 0
+    if options.action == "verify":
+        checked = hub.verify_cache(cards)
+        for entry, sound in checked:
+            print(f"{'ok     ' if sound else 'DAMAGED'} {entry.path}")
+        return 0 if all(sound for _, sound in checked) else 1
+    for entry in hub.cache_entries(cards):
+        print(f"{entry.size / 1e6:>9,.1f} MB  {entry.kind:<9}  {entry.card or '?'}  {entry.path}")
+    print(f"cache: {hub.cache_dir()}")
+    return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from geofm.datasets import samples
+
+    if options.kind == "scene":
+        side = options.size or 256
+        scene = samples.landscape(
+            (side, side), seed=options.seed, day_of_year=options.day, level=options.level
+        )
+        samples.write_scene(options.output, scene)
+    else:
+        samples.write_eurosat(
+            options.output, n_per_class=options.n, seed=options.seed, size=options.size or 64
+        )
+    print(f"wrote {options.output} (generated, not an observation)")
+    return 0
+
+
+def _embed(options: argparse.Namespace) -> int:
+    import torch
+
+    from geofm.factory import create_model
+    from geofm.raster import embed_raster
+
+    architecture: dict[str, Any] = {}
+    if options.model.startswith("mpmae"):
+        # So that cells tile the image; the weights are the same.
+        architecture["stem_padding"] = "aligned"
+    if options.no_pretrained:
+        torch.manual_seed(0)
+    try:
+        model = create_model(
+            options.model,
+            pretrained=False if options.no_pretrained else options.weights or True,
+            **architecture,
+        )
+    except DownloadError as error:
+        raise DownloadError(f"{error}. To try the command without weights: --no-pretrained") from error
+    picture = options.picture or options.output.with_suffix(".png")
+    embedding = embed_raster(
+        model,
+        options.input,
+        options.output,
+        options.bands.split(",") if options.bands else None,
+        units=options.units,
+        level=options.level,
+        picture=picture,
+        nodata=options.nodata,
+        sensor=options.sensor,
+        offset=options.offset,
+        baseline=options.baseline,
+        fill=_fill(options.fill),
+        tolerance=options.tolerance,
+    )
+    channels, rows, columns = embedding.values.shape
+    print(
+        f"wrote {options.output}: {rows} x {columns} cells of {embedding.stride} px, {channels} "
+        f"channels, weights: {embedding.tags['GEOFM_WEIGHTS']}"
+    )
+    print(f"wrote {picture}")
+    return 0
+
+
+def _fill(text: str | None) -> str | dict[str, str] | None:
+    if text is None or "=" not in text:
+        return text
+    pairs = (pair.partition("=") for pair in text.split(","))
+    return {missing: how for missing, _, how in pairs}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""The examples run as a user runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import data
+
+from geofm.datasets import samples
+
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune_eurosat.py"
+
+
+def accuracy(*words: object) -> float:
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLE), *map(str, words)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"held-out accuracy ([\d.]+)", done.stdout)
+    assert found, done.stdout
+    return float(found.group(1))
+
+
+def test_the_example_is_under_120_lines() -> None:
+    assert len(EXAMPLE.read_text().splitlines()) < 120
+
+
+@pytest.mark.parametrize("frozen", [[], ["--frozen"]])
+def test_finetuning_learns_generated_tiles(tmp_path: Path, frozen: list[str]) -> None:
+    samples.write_eurosat(tmp_path, n_per_class=8, size=32)
+    # Chance is 1/7.
+    assert accuracy(tmp_path, "--weights", "none", "--epochs", 8, *frozen) > 0.4
+
+
+def test_finetuning_clearly_beats_chance_on_real_tiles() -> None:
+    folder = data("eurosat_ms_200")
+    # Chance is 1/10.
+    assert accuracy(folder, "--weights", "none", "--epochs", 5) > 0.3

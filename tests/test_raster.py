@@ -1,0 +1,230 @@
+"""GeoTIFF in, georeferenced embeddings out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from conftest import data
+from sklearn.decomposition import PCA
+
+import geofm
+from geofm.datasets import samples
+from geofm.raster import embed_raster, principal_components, read_image
+
+L2A = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B11 B12".split()
+L1C = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12".split()
+EUROSAT = "B1 B2 B3 B4 B5 B6 B7 B8 B9 B10 B11 B12 B8A".split()
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return geofm.create_model("mpmae_atto", stem_padding="aligned")
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scene") / "scene.tif"
+    samples.write_scene(path, samples.landscape((120, 90), seed=1))
+    return path
+
+
+def test_grid_has_the_images_crs_and_cells_of_the_models_stride(
+    model: torch.nn.Module, scene: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.tif"
+    embedding = embed_raster(model, scene, out, level="L2A")
+    with rasterio.open(scene) as source, rasterio.open(out) as file:
+        assert file.count == model.num_features
+        assert file.shape == (15, 12)
+        assert file.crs == source.crs
+        assert file.transform == source.transform * rasterio.Affine.scale(8)
+        assert np.isnan(file.nodata)
+        np.testing.assert_array_equal(file.read(), embedding.values)
+        assert file.tags()["GEOFM_WEIGHTS"].startswith("untrained")
+        assert file.descriptions[0] == "embedding_0"
+
+
+def test_values_are_the_models_own_features(model: torch.nn.Module, scene: Path) -> None:
+    embedding = embed_raster(model, scene, level="L2A")
+    image = read_image(scene)
+    prepare = geofm.create_transform(model, image.bands, "dn", "L2A")
+    with torch.inference_mode():
+        # 90 columns end inside a cell; cut to whole ones, only the last column sees the edge.
+        whole = model.eval().forward_features(prepare(image.pixels)[None])[0].numpy()
+    assert whole.shape == (320, 15, 11)
+    assert np.corrcoef(whole.ravel(), embedding.values[:, :, :11].ravel())[0, 1] > 0.99
+    assert model.training is False
+
+
+def test_the_models_mode_is_left_as_it_was(model: torch.nn.Module, scene: Path) -> None:
+    model.train()
+    embed_raster(model, scene, level="L2A")
+    assert model.training
+    model.eval()
+
+
+def test_resnet_cells_are_georeferenced_by_their_centres(scene: Path) -> None:
+    resnet = geofm.create_model("ssl4eco_resnet18")
+    embedding = embed_raster(resnet, scene)
+    with rasterio.open(scene) as source:
+        # Cell 0 of a ResNet looks at pixel 0: its centre is that pixel's centre.
+        a, b, c, d, e, f = embedding.transform
+        assert (a / 2 + c, e / 2 + f) == pytest.approx(source.transform * (0.5, 0.5))
+        assert a == 32 * source.transform.a
+
+
+def test_cells_without_data_are_nan_and_no_others(
+    model: torch.nn.Module, scene: Path, tmp_path: Path
+) -> None:
+    holed = tmp_path / "holed.tif"
+    with rasterio.open(scene) as source:
+        pixels, profile, names = source.read(), source.profile, source.descriptions
+    pixels[:, 16:48, 8:24] = 0
+    with rasterio.open(holed, "w", **profile) as file:
+        file.write(pixels)
+        file.descriptions = names
+    values = embed_raster(model, holed, level="L2A").values
+    expected = np.zeros(values.shape[1:], dtype=bool)
+    expected[2:6, 1:3] = True
+    np.testing.assert_array_equal(np.isnan(values).all(axis=0), expected)
+    np.testing.assert_array_equal(np.isnan(values).any(axis=0), expected)
+
+
+def test_the_order_of_bands_in_the_file_does_not_matter_but_their_names_do(
+    model: torch.nn.Module, scene: Path, tmp_path: Path
+) -> None:
+    order = list(np.random.default_rng(0).permutation(12))
+    shuffled = tmp_path / "shuffled.tif"
+    with rasterio.open(scene) as source:
+        pixels, profile, names = source.read(), source.profile, source.descriptions
+    with rasterio.open(shuffled, "w", **profile) as file:
+        file.write(pixels[order])
+    expected = embed_raster(model, scene, level="L2A").values
+    right = embed_raster(model, shuffled, bands=[names[i] for i in order], level="L2A").values
+    np.testing.assert_array_equal(right, expected)
+    swapped = list(names)
+    swapped[7], swapped[8] = swapped[8], swapped[7]
+    wrong = embed_raster(model, scene, bands=swapped, level="L2A").values
+    assert np.abs(wrong - expected).max() > 1e-3
+
+
+def test_unnamed_bands_are_asked_for(model: torch.nn.Module, scene: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.tif"
+    with rasterio.open(scene) as source, rasterio.open(bare, "w", **source.profile) as file:
+        file.write(source.read())
+    with pytest.raises(geofm.BandError, match="12 bands without names"):
+        embed_raster(model, bare, level="L2A")
+    with pytest.raises(geofm.BandError, match="12 bands, 2 are named"):
+        embed_raster(model, bare, bands=["B2", "B3"], level="L2A")
+
+
+def test_a_file_that_is_no_raster_is_an_error(model: torch.nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "notes.tif"
+    path.write_text("not a raster")
+    with pytest.raises(geofm.GeofmError, match=r"notes\.tif cannot be read"):
+        embed_raster(model, path, level="L2A")
+    with pytest.raises(geofm.GeofmError, match="cannot be read"):
+        embed_raster(model, tmp_path / "absent.tif", level="L2A")
+
+
+def test_nothing_half_written_is_left_behind(
+    model: torch.nn.Module, scene: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(geofm.GeofmError, match="no folder"):
+        embed_raster(model, scene, tmp_path / "absent" / "out.tif", level="L2A")
+    out = tmp_path / "out.tif"
+    out.write_text("precious")
+    with pytest.raises(geofm.PixelError, match="say level"):
+        embed_raster(model, scene, out)
+    assert out.read_text() == "precious"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.tif"]
+
+
+def test_a_segmentation_model_has_no_embedding_map(scene: Path) -> None:
+    unet = geofm.create_model("mpmae_unet_atto", num_classes=2)
+    with pytest.raises(geofm.ModelError, match="no embedding map"):
+        embed_raster(unet, scene, level="L2A")
+
+
+def test_principal_components_are_scikit_learns_up_to_sign() -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.normal(size=(7, 7)) @ rng.normal(size=(7, 60))).reshape(7, 6, 10)
+    values = values.astype(np.float32)
+    ours = principal_components(values)
+    theirs = PCA(3).fit_transform(values.reshape(7, -1).T).T.reshape(3, 6, 10)
+    for a, b in zip(ours, theirs, strict=True):
+        sign = np.sign((a * b).sum())
+        np.testing.assert_allclose(a, sign * b, atol=1e-4)
+    values[:, 0, 0] = np.nan
+    assert np.isnan(principal_components(values)[:, 0, 0]).all()
+    assert np.isfinite(principal_components(values)[:, 1:]).all()
+
+
+def test_picture_shows_the_image_beside_its_embedding_and_marks_untrained_weights(
+    model: torch.nn.Module, scene: Path, tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    path = tmp_path / "look.png"
+    embed_raster(model, scene, picture=path, level="L2A")
+    picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    height, width, _ = picture.shape
+    assert width > 2 * 90
+    assert height > 120
+    red = (picture[:30, :, 0] > 200) & (picture[:30, :, 1] < 80) & (picture[:30, :, 2] < 80)
+    assert red[:, width // 2 :].any()
+    assert not red[:, : width // 2].any()
+    assert picture[40:, : width // 2].std() > 10
+    assert picture[40:, width // 2 :].std() > 10
+
+
+@pytest.mark.parametrize(
+    ("file", "bands", "level"),
+    [
+        ("s2_scenes/eotdl_Boadella_2020-01-13.tif", L2A, "L2A"),
+        ("s2_scenes/copernicusfm_T60HWB_20201002_L1C.tif", L1C, "L1C"),
+        ("eurosat_ms_200/Forest/Forest_1.tif", EUROSAT, "L1C"),
+    ],
+)
+def test_real_scenes_embed_with_named_bands(
+    model: torch.nn.Module, file: str, bands: list[str], level: str, tmp_path: Path
+) -> None:
+    source = data(*file.split("/"))
+    out = tmp_path / "out.tif"
+    embedding = embed_raster(model, source, out, bands, level=level)
+    with rasterio.open(source) as image, rasterio.open(out) as grid:
+        assert grid.crs == image.crs
+        assert grid.shape == (-(-image.height // 8), -(-image.width // 8))
+        assert grid.bounds.left == pytest.approx(image.bounds.left)
+        assert grid.bounds.top == pytest.approx(image.bounds.top)
+    assert np.isfinite(embedding.values).all()
+    swapped = ["B8" if b == "B4" else "B4" if b == "B8" else b for b in bands]
+    other = embed_raster(model, source, None, swapped, level=level)
+    assert np.abs(other.values - embedding.values).max() > 1e-3
+
+
+def test_channel_order_reaches_the_network_as_the_card_says() -> None:
+    # A first layer that copies one channel shows which band arrived there.
+    model = geofm.create_model("mpmae_atto")
+    source = data("eurosat_ms_200", "Forest", "Forest_1.tif")
+    image = read_image(source, EUROSAT)
+    prepared = geofm.create_transform(model, EUROSAT, "dn", "L1C")(image.pixels)
+    card = geofm.model_card("mpmae_atto.mmearth64")
+    assert card.input.bands[7:9] == ("B8A", "B8")
+    statistics = card.input.statistics["L1C"]
+    for channel, name in enumerate(card.input.bands):
+        raw = image.pixels[EUROSAT.index(name)].astype(np.float64)
+        expected = (raw - statistics.mean[channel]) / statistics.std[channel]
+        np.testing.assert_allclose(prepared[channel].numpy(), expected, atol=1e-4)
+        with torch.inference_mode():
+            conv = model.initial_conv[0]
+            conv.weight.zero_()
+            conv.bias.zero_()
+            conv.weight[0, channel, 1, 1] = 1.0
+            seen = conv(prepared[None])[0, 0].numpy()
+        np.testing.assert_allclose(seen, expected[1:-1, 1:-1], atol=1e-4)
