@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -61,7 +61,7 @@ class InputSpec:
         levels: Product levels in the training data, of ``"L1C"`` and ``"L2A"``.
         normalization: ``"zscore"``: (DN − mean) / std with `statistics`; ``"divide"``: DN / divisor.
         size: Side of the tiles in training, in px.
-        fit: What happens to tiles of another size: ``"any"`` (nothing, the model takes any size) or
+        fit: What happens to tiles of another size: ``"any"`` (nothing: all sizes run) or
             ``"crop_or_resize"`` (centre crop if large enough, else bicubic resize).
         nodata: Stored values that mean "no data" in DN.
         statistics: By product level; ``"any"`` where one set serves all.
@@ -102,7 +102,7 @@ class InputSpec:
             return (0.0,) * len(self.bands), (self.divisor,) * len(self.bands)
         if len(self.statistics) == 1:
             (chosen,) = self.statistics.values()
-        elif level in self.statistics:
+        elif level is not None and level in self.statistics:
             chosen = self.statistics[level]
         else:
             raise CardError(f"no statistics for level {level!r}: {', '.join(self.statistics)}")
@@ -295,12 +295,12 @@ def read_card(path: Path) -> WeightCard:
         title=top.text("title"),
         default=top.take("default", bool, False),
         layout=top.text("layout"),
-        arguments=MappingProxyType(dict(top.take("arguments", dict))),
+        arguments=dict(top.take("arguments", dict)),
         input=_read_input(top.section("input")),
         source=_read_source(top.section("source")),
         licence=_read_licence(top.section("licence")),
         citation=top.text("citation"),
-        training=MappingProxyType(dict(top.take("training", dict, {}))),
+        training=dict(top.take("training", dict, {})),
         scores=_read_scores(top),
         path=path,
     )
@@ -352,9 +352,9 @@ def _read_input(section: _Section) -> InputSpec:
         size=section.take("size", int),
         fit=section.text("fit", choices=FITS),
         nodata=section.numbers("nodata", None, ()),
-        statistics=MappingProxyType(statistics),
+        statistics=statistics,
         divisor=divisor,
-        derived=MappingProxyType(derived),
+        derived=derived,
     )
     section.finish()
     return spec
@@ -504,4 +504,3 @@ class _Section:
         if unknown:
             known = ", ".join(sorted(self.read))
             raise self.error(unknown[0], f"is not a known field; known are {known}")
-

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from geofm.errors import LayoutError, UnsafeFileError
+from geofm.errors import GeofmError, LayoutError, UnsafeFileError
 
 __all__ = ["read_checkpoint"]
 
@@ -34,8 +34,8 @@ _HARMLESS = (
 _LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
 # Safetensors' own limit on the length of its header.
 _LONGEST_HEADER = 100_000_000
-# How torch's error names what it refuses to import.
-_REFUSED = re.compile(r"GLOBAL ([\w.]+)")
+# What torch's error names: an import it refuses, or an instruction of a newer pickle protocol.
+_REFUSED = re.compile(r"GLOBAL ([\w.]+)|Unsupported operand (\d+)")
 # What torch's unpickler may raise on damaged bytes: it follows whatever instructions it meets.
 _DAMAGE = (
     AssertionError,
@@ -97,7 +97,7 @@ def read_checkpoint(path: Path) -> Any:
     if head.startswith(b"PK"):
         _check_archive(path, size)
     else:
-        _check_pickle(path, legacy=_LEGACY in head)
+        _check_pickle(path, legacy=_LEGACY in head[:32])
     return _read_torch(path)
 
 
@@ -110,12 +110,12 @@ def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _check_archive(path: Path, size: int) -> None:
     """Refuse a zip archive that is damaged or names foreign code; torch itself checks no sums."""
-    if not zipfile.is_zipfile(path):
-        raise LayoutError(
-            f"{path} is truncated ({size:,} bytes): its table of contents is missing. Fetch it "
-            f"again"
-        )
     try:
+        if not zipfile.is_zipfile(path):
+            raise LayoutError(
+                f"{path} is truncated ({size:,} bytes): its table of contents is missing. Fetch "
+                f"it again"
+            )
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 # 0: written without a sum, as torch.serialization.set_crc32_options(False) does.
@@ -123,10 +123,14 @@ def _check_archive(path: Path, size: int) -> None:
                     with archive.open(entry) as file:
                         while file.read(1 << 20):
                             pass
+    except LayoutError:
+        raise
     except (OSError, zipfile.BadZipFile, zlib.error, *_DAMAGE) as error:
         raise LayoutError(f"{path} is damaged ({error}). Fetch it again") from error
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except pickle.UnpicklingError as error:
+        raise _refusal(path, error) from error
     except _DAMAGE as error:
         raise LayoutError(
             f"{path} was not written by torch.save ({_first_line(error)}); export its state dict "
@@ -174,10 +178,16 @@ def _read_torch(path: Path) -> Any:
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
     except _DAMAGE as error:
-        refused = _REFUSED.search(str(error))
-        if refused:
-            raise _unsafe(path, refused[1]) from error
-        raise LayoutError(f"{path} is damaged or no checkpoint: {_first_line(error)}") from error
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: BaseException) -> GeofmError:
+    if not isinstance(error, pickle.UnpicklingError):
+        return LayoutError(f"{path} is damaged or no checkpoint: {_first_line(error)}")
+    refused = _REFUSED.search(str(error))
+    if refused is None:
+        return _unsafe(path, "something that torch's weights_only refuses")
+    return _unsafe(path, refused[1] or f"pickle instruction {refused[2]}")
 
 
 def _first_line(error: BaseException) -> str:

@@ -50,7 +50,9 @@ def _say_what_happens(verbose: bool) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="geofm", description="A model zoo for ecology from space.")
+    parser = argparse.ArgumentParser(
+        prog="geofm", description="A model zoo for ecology from space."
+    )
     parser.add_argument("--version", action="version", version=f"geofm {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="say what is being done")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -137,24 +139,11 @@ def _info(options: argparse.Namespace) -> int:
 
     card = registry.model_card(options.name)
     if options.json:
-        content = asdict(_plain(card))
-        print(json.dumps(content, indent=2, default=str))
+        print(json.dumps(asdict(card), indent=2, default=str))
     else:
         print(card_text(card))
         print(f"cached:    {'yes' if hub.is_cached(card) else 'no'}")
     return 0
-
-
-def _plain(card: Any) -> Any:
-    """The card with ordinary dictionaries in place of read-only ones, which asdict cannot copy."""
-    from dataclasses import replace
-
-    spec = replace(
-        card.input, statistics=dict(card.input.statistics), derived=dict(card.input.derived)
-    )
-    return replace(
-        card, arguments=dict(card.arguments), training=dict(card.training), input=spec
-    )
 
 
 def _download(options: argparse.Namespace) -> int:
@@ -224,7 +213,9 @@ def _embed(options: argparse.Namespace) -> int:
             **architecture,
         )
     except DownloadError as error:
-        raise DownloadError(f"{error}. To try the command without weights: --no-pretrained") from error
+        raise DownloadError(
+            f"{error}. To try the command without weights: --no-pretrained"
+        ) from error
     picture = options.picture or options.output.with_suffix(".png")
     embedding = embed_raster(
         model,

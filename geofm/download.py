@@ -190,7 +190,7 @@ def _receive(response: HTTPResponse, part: Path, have: int) -> None:
 def _read_validator(part: Path) -> str | None:
     try:
         return str(json.loads(_validator(part).read_text())["validator"])
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -237,7 +237,11 @@ def _find_weights(
         registry.card_of(architecture, text)
     raise WeightsNotFoundError(
         f"pretrained={text!r} is neither a file nor a tag of {architecture.name}"
-        + (f": {', '.join(registry.cards_of(architecture))}" if registry.cards_of(architecture) else "")
+        + (
+            f": {', '.join(registry.cards_of(architecture))}"
+            if registry.cards_of(architecture)
+            else ""
+        )
     )
 
 
@@ -300,7 +304,7 @@ def _card_or_default(architecture: Architecture, tag: str | None) -> WeightCard:
 def _resolve_arguments(
     architecture: Architecture, tag: str | None, weights: _Weights | None, given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Arguments of the constructor: the architecture's, then the checkpoint's, then the caller's."""
+    """Arguments of the constructor: the architecture's, the checkpoint's, the caller's."""
     arguments = dict(architecture.arguments)
     card = weights.card if weights else None
     if weights is None or card is not None:
@@ -310,7 +314,9 @@ def _resolve_arguments(
         for key, value in inferred.items():
             asked = given.get(key, architecture.arguments.get(key, value))
             if asked != value:
-                raise ModelError(_contradiction(architecture, weights.origin, key, value, asked, inferred))
+                raise ModelError(
+                    _contradiction(architecture, weights.origin, key, value, asked, inferred)
+                )
         if "patch_size" in inferred and card is None:
             # The published sizes: 56 px with patches of 8, 112 px with patches of 16.
             arguments["img_size"] = 7 * inferred["patch_size"]
@@ -379,9 +385,7 @@ def _input_spec(
     return chosen.input
 
 
-def _card_that_fits(
-    architecture: Architecture, arguments: Mapping[str, Any]
-) -> WeightCard | None:
+def _card_that_fits(architecture: Architecture, arguments: Mapping[str, Any]) -> WeightCard | None:
     """The card of the architecture, else of its family, whose arguments are those of a file."""
     family = architecture.name.split("_")[0]
     own = list(registry.cards_of(architecture).values())
@@ -440,9 +444,10 @@ def _feature_pyramid(model: nn.Module, out_indices: Sequence[int] | int | None) 
             f"strides {strides}. In segmentation_models_pytorch, give an encoder_depth that needs "
             f"no more"
         )
-    wrapped = FeatureGetterNet(model, out_indices=out_indices)  # type: ignore[arg-type]
-    wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg  # type: ignore[assignment]
-    return wrapped
+    wrapped: Any = FeatureGetterNet(model, out_indices=out_indices)  # type: ignore[arg-type]
+    wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
+    built: nn.Module = wrapped
+    return built
 
 
 # --- loading ------------------------------------------------------------------------------------
@@ -553,8 +558,8 @@ def _adapt_bands(
     if trained:
         _select_channels(model.get_submodule(architecture.first_conv), matches)
         model.in_chans = len(matches)  # type: ignore[assignment]
-        size = model.pretrained_cfg["input_size"][1:]  # type: ignore[index]
-        model.pretrained_cfg["input_size"] = (len(matches), *size)  # type: ignore[index]
+        config: Any = model.pretrained_cfg
+        config["input_size"] = (len(matches), *config["input_size"][1:])
     return _adapted_spec(spec, matches, sensor, tolerance)
 
 
@@ -603,4 +608,3 @@ def _adapted_spec(
         },
         derived=derived,
     )
-

@@ -10,7 +10,7 @@ import logging
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -152,8 +152,7 @@ class Preprocess(nn.Module):
         statistics: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         super().__init__()
-        # A card's mappings are read-only proxies, which cannot be copied or pickled.
-        self.spec = replace(spec, statistics=dict(spec.statistics), derived=dict(spec.derived))
+        self.spec = spec
         self.units = _check_units(units)
         self.level = _check_level(spec, level)
         self.fit, self.size = _check_size(spec, fit, size)
@@ -191,7 +190,7 @@ class Preprocess(nn.Module):
         stored = str(pixels.dtype) if isinstance(pixels, np.ndarray | Tensor) else ""
         floats = self._as_floats(pixels)
         self._check_shape(floats)
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # type: ignore[attr-defined, no-untyped-call]
+        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # type: ignore[no-untyped-call]
             # Looks at values, so it cannot be part of an exported graph.
             self._check_values(floats, stored)
         return self._fit(self._prepare(floats)).to(self._like.dtype)

@@ -154,9 +154,7 @@ def embed_raster(
     return embedding
 
 
-def read_image(
-    source: str | os.PathLike[str], bands: Sequence[str] | None = None
-) -> RasterImage:
+def read_image(source: str | os.PathLike[str], bands: Sequence[str] | None = None) -> RasterImage:
     """Read a multiband raster and name its bands.
 
     Args:
@@ -212,8 +210,10 @@ def embedding_map(model: nn.Module, prepared: Tensor) -> tuple[Tensor, int, floa
         ModelError: The model has no such map.
     """
     offset = getattr(model, "cell_offset", None)
-    if offset is None or not hasattr(model, "forward_intermediates") or hasattr(
-        model, "upsample_layers"
+    if (
+        offset is None
+        or not hasattr(model, "forward_intermediates")
+        or hasattr(model, "upsample_layers")
     ):
         raise ModelError(
             "the model has no embedding map; use an encoder from create_model(..., "
@@ -236,9 +236,7 @@ def embedding_map(model: nn.Module, prepared: Tensor) -> tuple[Tensor, int, floa
     return maps[-1].float().cpu().contiguous(), stride, float(offset)
 
 
-def principal_components(
-    values: NDArray[np.float32], components: int = 3
-) -> NDArray[np.float32]:
+def principal_components(values: NDArray[np.float32], components: int = 3) -> NDArray[np.float32]:
     """Project a grid of embeddings on its first principal components.
 
     Args:
@@ -272,7 +270,7 @@ def quicklook(image: RasterImage, embedding: Embedding, sensor: str = "sentinel2
         sensor: Sensor whose names the image's bands are, for true colour.
 
     Returns:
-        True colour (or the first band in grey, where red, green or blue is missing) on the left, the
+        True colour on the left (the first band in grey where red, green or blue is missing), the
         first three principal components as red, green and blue on the right.
 
     Raises:
@@ -470,7 +468,7 @@ def _true_colour(image: RasterImage, sensor: str) -> tuple[str, NDArray[np.uint8
 
 
 def _stretch(layers: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """(3, H, W) to (H, W, 3) bytes, each layer between its 2nd and 98th percentile; NaN is black."""
+    """(3, H, W) to (H, W, 3) bytes, each layer from its 2nd to its 98th percentile; NaN is 0."""
     out = np.zeros((*layers.shape[1:], 3), dtype=np.uint8)
     for i, layer in enumerate(layers):
         valid = np.isfinite(layer)

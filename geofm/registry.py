@@ -199,7 +199,7 @@ def model_card(name: str) -> WeightCard:
     return card
 
 
-def list_models(filter: str | Sequence[str] = "*", pretrained: bool = False) -> list[str]:  # noqa: A002 (timm's name for it)
+def list_models(filter: str | Sequence[str] = "*", pretrained: bool = False) -> list[str]:
     """Names for `create_model`.
 
     Args:
@@ -225,7 +225,7 @@ def list_models(filter: str | Sequence[str] = "*", pretrained: bool = False) -> 
     )
 
 
-def list_pretrained(filter: str | Sequence[str] = "*") -> list[str]:  # noqa: A002
+def list_pretrained(filter: str | Sequence[str] = "*") -> list[str]:
     """Names with tags of all checkpoints: ``list_models(filter, pretrained=True)``.
 
     Args:

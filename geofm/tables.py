@@ -8,7 +8,7 @@ from geofm.cards import WeightCard, published_cards
 __all__ = ["card_text", "checkpoint_table"]
 
 
-def checkpoint_table(filter: str = "*") -> str:  # noqa: A002 (as in list_models)
+def checkpoint_table(filter: str = "*") -> str:
     """The table of checkpoints, in Markdown.
 
     Args:
@@ -60,7 +60,9 @@ def card_text(card: WeightCard) -> str:
         f"no data: {', '.join(f'{v:g}' for v in spec.nodata) or 'none'}",
     ]
     for name, rule in spec.derived.items():
-        lines.append(f"           {name} from {rule.bands[0]} and {rule.bands[1]} where it is missing")
+        lines.append(
+            f"           {name} from {rule.bands[0]} and {rule.bands[1]} where it is missing"
+        )
     lines += [
         f"source:    {card.source}",
         f"sha256:    {card.source.sha256 or 'not published; recorded at the first download'}",

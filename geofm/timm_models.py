@@ -66,7 +66,9 @@ def _configs(architecture: Architecture) -> dict[str, dict[str, Any]]:
         return {architecture.name: timm_config(architecture, card.arguments)}
     # timm takes the first as the default; a trailing * marks it.
     return {
-        f"{architecture.name}.{tag}{'*' if card.default else ''}": _config_of_card(architecture, card)
+        f"{architecture.name}.{tag}{'*' if card.default else ''}": _config_of_card(
+            architecture, card
+        )
         for tag, card in cards.items()
     }
 

@@ -1,4 +1,4 @@
-"""Shared folders and fixtures. Real data and the published code's outputs lie beside the checkout."""
+"""Shared folders and fixtures; real data and published outputs lie beside the checkout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real HTTP servers on 127.0.0.1: a plain file host with faults, and enough of the Hugging Face hub.
+"""Real HTTP servers on 127.0.0.1: a plain file host with faults, and a little Hugging Face hub.
 
 The tests download from these; nothing leaves the machine.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -55,18 +56,24 @@ def test_embed_is_the_same_every_time(tmp_path: Path) -> None:
         assert (a.read() == b.read()).all()
 
 
-def test_embed_without_weights_and_network_says_what_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("geofm.hub._offline", lambda: True)
-    scene = tmp_path / "scene.tif"
+def test_embed_without_weights_and_network_says_what_to_do(tmp_path: Path) -> None:
+    scene, out = tmp_path / "scene.tif", tmp_path / "o.tif"
     main(["sample", "scene", str(scene), "--size", "64"])
-    assert main(["embed", str(scene), "-o", str(tmp_path / "o.tif"), "--level", "L2A"]) == 2
-    assert "--no-pretrained" in capsys.readouterr().err
-    assert not (tmp_path / "o.tif").exists()
+    done = subprocess.run(
+        [sys.executable, "-m", "geofm", "embed", scene, "-o", out, "--level", "L2A"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 2
+    assert "HF_HUB_OFFLINE" in done.stderr
+    assert "--no-pretrained" in done.stderr
+    assert not out.exists()
 
 
-def test_embed_takes_named_bands_and_fills(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embed_takes_named_bands_and_fills(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     scene, few, out = tmp_path / "scene.tif", tmp_path / "few.tif", tmp_path / "o.tif"
     main(["sample", "scene", str(scene), "--size", "64"])
     with rasterio.open(scene) as source:

@@ -39,4 +39,4 @@ def test_finetuning_learns_generated_tiles(tmp_path: Path, frozen: list[str]) ->
 def test_finetuning_clearly_beats_chance_on_real_tiles() -> None:
     folder = data("eurosat_ms_200")
     # Chance is 1/10.
-    assert accuracy(folder, "--weights", "none", "--epochs", 5) > 0.3
+    assert accuracy(folder, "--weights", "none", "--epochs", 3) > 0.25

@@ -154,7 +154,7 @@ def test_bands_without_wavelength_never_stand_in():
 
 @pytest.mark.parametrize("wanted", [["B8A", "B8"], ["B8", "B8A"]])
 def test_one_band_cannot_be_two(wanted):
-    with pytest.raises(BandError, match="B5.*both.*fill=\\{'B8': 'B5'\\}") as caught:
+    with pytest.raises(BandError, match=r"B5.*both.*fill=\{'B8': 'B5'\}") as caught:
         match_bands(wanted, ["B4", "B5"], available_sensor=OLI, tolerance=40.0)
     assert "lower the tolerance" in str(caught.value)
 

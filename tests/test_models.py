@@ -33,7 +33,9 @@ def tile(model: nn.Module, n: int = 2, side: int = 64) -> torch.Tensor:
 def plain_grn_block(block: Block, x: torch.Tensor) -> torch.Tensor:
     """The block as the ConvNeXt V2 paper writes it, with the GRN in four passes."""
     y = block.dwconv(x).permute(0, 2, 3, 1)
-    y = F.gelu(block.pwconv1(F.layer_norm(y, y.shape[-1:], block.norm.weight, block.norm.bias, 1e-6)))
+    y = F.gelu(
+        block.pwconv1(F.layer_norm(y, y.shape[-1:], block.norm.weight, block.norm.bias, 1e-6))
+    )
     gx = y.pow(2).sum(dim=(1, 2), keepdim=True).sqrt()
     nx = gx / (gx.mean(dim=-1, keepdim=True) + block.grn_eps)
     y = block.grn.gamma * (y * nx) + block.grn.beta + y
@@ -157,7 +159,9 @@ def test_intermediates_have_the_channels_and_strides_of_feature_info(name: str) 
     with torch.inference_mode():
         last, maps = model.forward_intermediates(x)
         only = model.forward_intermediates(x, intermediates_only=True)
-        early = model.forward_intermediates(x, indices=[0], stop_early=True, intermediates_only=True)
+        early = model.forward_intermediates(
+            x, indices=[0], stop_early=True, intermediates_only=True
+        )
     assert len(maps) == len(only) == len(model.feature_info)
     torch.testing.assert_close(early[0], maps[0])
     torch.testing.assert_close(model.forward_features(x), last)
@@ -241,7 +245,9 @@ def test_drop_path_is_active_in_training_only() -> None:
 def test_any_input_size_runs_and_has_the_stated_grid(
     height: int, width: int, patch_size: int, stem_padding: str
 ) -> None:
-    model = MPMAE(dims=(4, 8, 8, 8), depths=(1, 1, 1, 1), patch_size=patch_size, stem_padding=stem_padding)
+    model = MPMAE(
+        dims=(4, 8, 8, 8), depths=(1, 1, 1, 1), patch_size=patch_size, stem_padding=stem_padding
+    )
     out = model.eval().forward_features(torch.randn(1, 12, height, width))
     assert out.shape[2:] == (
         grid_size(height, patch_size, stem_padding),

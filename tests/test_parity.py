@@ -1,4 +1,4 @@
-"""The published code's outputs, through `create_model(pretrained=<file in the upstream layout>)`."""
+"""The published code's outputs, through `create_model(pretrained=<upstream file>)`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def upstream_file(fixture: Fixture, folder: Path, with_head: bool = False) -> Pa
     state = fixture.state | (fixture.head if with_head else {})
     key = fixture.spec.get("checkpoint_wrapper", "model")
     path = folder / "checkpoint-199.pth"
-    torch.save({key: state, "args": argparse.Namespace(lr=1e-4), "optimizer": {}, "epoch": 199}, path)
+    torch.save(
+        {key: state, "args": argparse.Namespace(lr=1e-4), "optimizer": {}, "epoch": 199}, path
+    )
     return path
 
 
@@ -97,7 +99,14 @@ def test_ssl4eco_resnet_matches_the_published_encoder_from_dn(name: str, tmp_pat
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_moco_layout_gives_the_same_encoder_as_the_seco_layout(prefix: str, tmp_path: Path) -> None:
     fixture = parity("ssl4eco_resnet50_seco_ndvi")
-    children = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+    children = {
+        "0": "conv1",
+        "1": "bn1",
+        "4": "layer1",
+        "5": "layer2",
+        "6": "layer3",
+        "7": "layer4",
+    }
     state = {}
     for key, value in fixture.state.items():
         parts = key.split(".")
@@ -140,7 +149,9 @@ def test_a_file_of_another_size_is_refused_with_the_size_it_fits(tmp_path: Path)
         geofm.create_model("mpmae_tiny", path)
 
 
-def test_a_file_of_another_patch_size_is_recognised_and_a_wrong_wish_refused(tmp_path: Path) -> None:
+def test_a_file_of_another_patch_size_is_recognised_and_a_wrong_wish_refused(
+    tmp_path: Path,
+) -> None:
     path = upstream_file(parity("mpmae_atto_16"), tmp_path)
     model = geofm.create_model("mpmae_atto", path)
     assert model.patch_size == 16

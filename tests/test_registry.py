@@ -104,7 +104,9 @@ def run(code: str) -> str:
 
 
 def test_importing_geofm_costs_at_most_a_fifth_of_a_second_over_torch() -> None:
-    code = "import torch, time; t = time.perf_counter(); import geofm; print(time.perf_counter() - t)"
+    code = (
+        "import torch, time; t = time.perf_counter(); import geofm; print(time.perf_counter() - t)"
+    )
     # The best of three: the machine may be busy.
     assert min(float(run(code)) for _ in range(3)) <= 0.2
     assert run("import sys, geofm; print('timm' in sys.modules, 'torch' in sys.modules)") == (

@@ -196,7 +196,7 @@ def test_sentinel2_satellites_differ_a_little() -> None:
             abs(wavelength(a) - wavelength(b)) for a, b in zip(SENTINEL2A, other, strict=True)
         ]
         # The largest is SWIR 2's, 16.7 nm on B; a swapped or mistyped row would be further off.
-        assert 0 < min(shifts) and max(shifts) < 17
+        assert min(shifts) > 0 and max(shifts) < 17
         assert max(shifts[:10]) < 5
     # B12 is what tells B from A, B5 what tells C from both.
     assert wavelength(SENTINEL2A["B12"]) - wavelength(SENTINEL2B["B12"]) == pytest.approx(16.7)

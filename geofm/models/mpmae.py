@@ -30,7 +30,7 @@ GRN_EPS = 1e-4
 _HALVINGS = 8
 
 
-@register_notrace_function
+@register_notrace_function  # type: ignore[untyped-decorator]
 def grn_linear(
     hidden: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> Tensor:
@@ -53,7 +53,7 @@ def grn_linear(
     Returns:
         (N, H, W, C).
     """
-    batch, height, width, depth = hidden.shape
+    batch, height, width, _ = hidden.shape
     # At least float32: a sum of squares over a tile leaves float16's range.
     wide = torch.promote_types(hidden.dtype, torch.float32)
     response = torch.linalg.vector_norm(hidden, dim=(1, 2), dtype=wide)
@@ -272,7 +272,7 @@ class MPMAE(nn.Module):
             )
             for i in range(len(dims) - 1)
         )
-        rates = drop_path_rates_of(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = drop_path_rates_of(drop_path_rate, list(depths), stagewise=True)
         self.stages = nn.ModuleList(
             Stage(*(Block(dim, rates[i][j], grn_eps, **dd) for j in range(depths[i])))
             for i, dim in enumerate(dims)
@@ -304,12 +304,12 @@ class MPMAE(nn.Module):
 
     def _build_head(self, global_pool: str, dims: Sequence[int], dd: dict[str, Any]) -> None:
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
-        self.norm = nn.LayerNorm(dims[-1], eps=LAYER_NORM_EPS, **dd)
+        self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=LAYER_NORM_EPS, **dd)
         self.head = _linear(dims[-1], self.num_classes, **dd)
 
     @property
     def cell_offset(self) -> float:
-        """Where the first cell of the last stage's map begins, in input pixels from the left or top.
+        """Where the first cell of the last stage's map begins, in input pixels from the edge.
 
         0 with aligned padding: cells tile the image. The unpadded 3×3 convolution of the
         classification padding moves it by 1, the padding of the k×k one back by k // 2.
@@ -317,9 +317,8 @@ class MPMAE(nn.Module):
         k = self.patch_size // _HALVINGS
         return 0.0 if self.stem_padding == "aligned" else 1.0 - k // 2
 
-    @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialise all parameters: truncated normal with σ 0.02, as published; GRN starts at 0."""
+        """Initialise all parameters: truncated normal, σ 0.02, as published; GRN starts at 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
@@ -331,7 +330,6 @@ class MPMAE(nn.Module):
                 nn.init.zeros_(module.gamma)
                 nn.init.zeros_(module.beta)
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that sort parameters into layers, for timm's layer-wise learning-rate decay.
 
@@ -350,12 +348,10 @@ class MPMAE(nn.Module):
             blocks = [(r"^stages\.(\d+)", None), (r"^downsample_layers\.(\d+)", (0.5,))]
         return {"stem": r"^initial_conv|^stem", "blocks": blocks}
 
-    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters without weight decay besides biases and vectors: GRN's (1, 1, 1, D)."""
+        """Parameters without weight decay besides biases and vectors: GRN's (1, 1, 1, D)."""
         return {name for name, _ in self.named_parameters() if ".grn." in name}
 
-    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations.
 
@@ -365,7 +361,6 @@ class MPMAE(nn.Module):
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
-    @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         """The linear head, or an identity where there is none."""
         return self.head
@@ -486,7 +481,7 @@ class MPMAE(nn.Module):
             (N, num_classes), or (N, C) without a head; with a trailing (h, w) where `global_pool`
             is ``""``.
         """
-        pooled = not self.global_pool.is_identity()
+        pooled = not self.global_pool.is_identity()  # type: ignore[no-untyped-call]
         x = self.global_pool(x)
         x = self.norm(x if pooled else x.permute(0, 2, 3, 1))
         if not pre_logits:

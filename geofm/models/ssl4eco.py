@@ -17,7 +17,7 @@ __all__ = ["RESNETS", "VITS", "SSL4EcoResNet", "SSL4EcoViT"]
 
 
 class SSL4EcoResNet(ResNet):
-    """timm's ResNet (names and layout are torchvision's), nine input channels and no head by default.
+    """timm's ResNet (with torchvision's names); nine input channels, no head by default.
 
     Args:
         in_chans: Input channels.
@@ -62,7 +62,7 @@ class SSL4EcoViT(VisionTransformer):
     Args:
         in_chans: Input channels.
         num_classes: Outputs of the linear head; 0 for none.
-        global_pool: ``"avg"`` over the patch tokens, ``"token"`` for the class token, ``""`` for none.
+        global_pool: ``"avg"`` over the patch tokens, ``"token"`` (class token) or ``""`` (none).
         dynamic_img_size: Accept tiles of any size that is a multiple of the patch, by
             interpolating the position embedding.
         **kwargs: Arguments of ``timm.models.vision_transformer.VisionTransformer``.

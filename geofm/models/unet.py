@@ -105,7 +105,7 @@ class MPMAEUNet(MPMAE):
             device=device,
             dtype=dtype,
         )
-        self.register_load_state_dict_pre_hook(_drop_unused_norm)
+        self.register_load_state_dict_pre_hook(_drop_unused_norm)  # type: ignore[no-untyped-call]
 
     def _build_head(self, global_pool: str, dims: Sequence[int], dd: dict[str, Any]) -> None:
         # What the encoder map is concatenated with after each upsampling.

@@ -41,7 +41,7 @@ class NormalizedDifference:
         Returns:
             The scaled index, in that shape.
         """
-        a, b = (torch.clamp(pixels[name], min=0) for name in self.bands)
+        a, b = (torch.clamp(pixels[name], min=0.0) for name in self.bands)
         total = a + b + self.eps
         return self.finish((a - b) / torch.where(total == 0, torch.ones_like(total), total))
 
@@ -54,5 +54,6 @@ class NormalizedDifference:
         Returns:
             The scaled index.
         """
-        minimum = -1.0 if self.minimum is None else self.minimum
+        # A float, also where a card says 0: ONNX's clamp takes one type.
+        minimum = -1.0 if self.minimum is None else float(self.minimum)
         return torch.clamp(index, min=minimum, max=1.0) * self.scale
