@@ -59,9 +59,10 @@ class InputSpec:
         sensor: Sensor whose band names are used.
         bands: Band names in channel order.
         levels: Product levels in the training data, of ``"L1C"`` and ``"L2A"``.
-        normalization: ``"zscore"``: (DN − mean) / std with `statistics`; ``"divide"``: DN / divisor.
+        normalization: ``"zscore"`` ((DN − mean) / std, see `statistics`) or ``"divide"`` (DN /
+            `divisor`).
         size: Side of the tiles in training, in px.
-        fit: What happens to tiles of another size: ``"any"`` (nothing: all sizes run) or
+        fit: What happens to tiles of another size: ``"any"`` (nothing) or
             ``"crop_or_resize"`` (centre crop if large enough, else bicubic resize).
         nodata: Stored values that mean "no data" in DN.
         statistics: By product level; ``"any"`` where one set serves all.

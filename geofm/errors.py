@@ -1,6 +1,6 @@
 """The errors geofm raises.
 
-Every one derives from [`GeofmError`][] and from the builtin a caller would expect, so both
+Every one derives from `GeofmError` and from the builtin a caller would expect, so both
 ``except geofm.GeofmError`` and ``except ValueError`` work. A message says what was found, what was
 expected and what to do about it.
 """

@@ -4,47 +4,26 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import build_model_with_cfg
 from timm.models._features import FeatureGetterNet
-from torch import Tensor, nn
+from torch import nn
 
-from geofm import hub, registry
-from geofm.cards import InputSpec, Statistics, WeightCard, published_cards, read_card
-from geofm.errors import (
-    BandError,
-    CardError,
-    DownloadError,
-    LayoutError,
-    ModelError,
-    WeightsNotFoundError,
-)
+from geofm import registry
+from geofm.adapt import adapt_bands
+from geofm.cards import InputSpec, WeightCard, published_cards
+from geofm.errors import BandError, CardError, LayoutError, ModelError
+from geofm.loading import FoundWeights, find_weights, load_exactly
 from geofm.preprocess import Preprocess
 from geofm.registry import Architecture
-from geofm.spectral import Band, Match, Sensor, match_bands, missing_message, resolve_bands
-from geofm.spectral import sensor as sensor_of
+from geofm.spectral import Band, Sensor
 from geofm.timm_models import timm_config
 
 __all__ = ["create_model", "create_transform", "input_spec_of"]
 
 logger = logging.getLogger(__name__)
-
-State = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class _Weights:
-    """Weights that were found: tensors, and the card that describes them if there is one."""
-
-    state: State
-    card: WeightCard | None
-    origin: str
 
 
 def create_model(
@@ -110,7 +89,7 @@ def create_model(
     if bands is not None and in_chans is not None and in_chans != len(bands):
         raise ModelError(f"in_chans={in_chans}, but {len(bands)} bands are named")
 
-    weights = _find_weights(architecture, tag, pretrained)
+    weights = find_weights(architecture, tag, pretrained)
     arguments = _resolve_arguments(architecture, tag, weights, kwargs)
     spec = _input_spec(architecture, tag, weights, arguments)
     trained_chans = int(arguments["in_chans"])
@@ -133,7 +112,7 @@ def create_model(
                 f"{base}: which bands the checkpoint takes is not known, so it cannot be adapted; "
                 f"give it a weight card"
             )
-        spec = _adapt_bands(
+        spec = adapt_bands(
             model,
             architecture,
             spec,
@@ -213,85 +192,7 @@ def input_spec_of(model: nn.Module | WeightCard | InputSpec | str) -> InputSpec:
     return spec
 
 
-# --- finding weights ----------------------------------------------------------------------------
-
-
-def _find_weights(
-    architecture: Architecture, tag: str | None, pretrained: bool | str | os.PathLike[str]
-) -> _Weights | None:
-    if tag is not None:
-        registry.card_of(architecture, tag)
-    if pretrained is False:
-        return None
-    if pretrained is True:
-        if tag is not None:
-            return _from_card(registry.card_of(architecture, tag))
-        return _best_available(architecture)
-    text = os.fspath(pretrained)
-    if isinstance(pretrained, str) and text in registry.cards_of(architecture):
-        return _from_card(registry.card_of(architecture, text))
-    path = Path(text).expanduser()
-    if path.exists():
-        return _from_path(path)
-    if isinstance(pretrained, str) and path.name == text and not path.suffix:
-        registry.card_of(architecture, text)
-    raise WeightsNotFoundError(
-        f"pretrained={text!r} is neither a file nor a tag of {architecture.name}"
-        + (
-            f": {', '.join(registry.cards_of(architecture))}"
-            if registry.cards_of(architecture)
-            else ""
-        )
-    )
-
-
-def _from_card(card: WeightCard) -> _Weights:
-    return _Weights(hub.load_card_weights(card), card, card.name)
-
-
-def _best_available(architecture: Architecture) -> _Weights:
-    card = registry.default_card(architecture)
-    if card is None:
-        raise WeightsNotFoundError(
-            f"{architecture.name} has no published weights{registry.elsewhere(architecture)}. "
-            f"Use pretrained=False, or pretrained=<path> to your own"
-        )
-    try:
-        return _from_card(card)
-    except DownloadError as error:
-        bundled = [c for c in registry.cards_of(architecture).values() if c.bundled]
-        if not bundled:
-            raise
-        warnings.warn(
-            f"{card.name} could not be fetched ({error}); loaded the small bundled checkpoint "
-            f"{bundled[0].name} instead. Name a tag to get exactly that checkpoint or an error",
-            stacklevel=4,
-        )
-        return _from_card(bundled[0])
-
-
-def _from_path(path: Path) -> _Weights:
-    if path.is_dir():
-        cards = sorted(path.glob("*.toml"))
-        if len(cards) != 1:
-            raise WeightsNotFoundError(
-                f"{path} holds {len(cards)} weight cards (*.toml); a folder of weights has one, or "
-                f"name the file itself"
-            )
-        return _from_card(read_card(cards[0]))
-    if path.suffix == ".toml":
-        return _from_card(read_card(path))
-    state, layout = hub.load_file_weights(path)
-    card = None
-    if layout == "native":
-        # Copies of published files keep their hash, and with it their card.
-        digest = hub.sha256_of(path)
-        hashes = {c.source.sha256: c for c in published_cards().values() if c.source.sha256}
-        card = next((c for known, c in hashes.items() if digest.startswith(str(known))), None)
-    return _Weights(state, card, str(path))
-
-
-# --- building -----------------------------------------------------------------------------------
+# --- building ----------------------------------------------------------------------------------
 
 
 def _card_or_default(architecture: Architecture, tag: str | None) -> WeightCard:
@@ -302,7 +203,10 @@ def _card_or_default(architecture: Architecture, tag: str | None) -> WeightCard:
 
 
 def _resolve_arguments(
-    architecture: Architecture, tag: str | None, weights: _Weights | None, given: Mapping[str, Any]
+    architecture: Architecture,
+    tag: str | None,
+    weights: FoundWeights | None,
+    given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Arguments of the constructor: the architecture's, the checkpoint's, the caller's."""
     arguments = dict(architecture.arguments)
@@ -324,7 +228,7 @@ def _resolve_arguments(
     return arguments | dict(given)
 
 
-def _arguments_in(architecture: Architecture, weights: _Weights) -> dict[str, Any]:
+def _arguments_in(architecture: Architecture, weights: FoundWeights) -> dict[str, Any]:
     try:
         inferred: dict[str, Any] = architecture.build.arguments_in(weights.state)  # type: ignore[attr-defined]
     except KeyError as error:
@@ -362,7 +266,7 @@ def _show(value: Any) -> str:
 def _input_spec(
     architecture: Architecture,
     tag: str | None,
-    weights: _Weights | None,
+    weights: FoundWeights | None,
     arguments: Mapping[str, Any],
 ) -> InputSpec | None:
     if weights is not None and weights.card is not None:
@@ -448,163 +352,3 @@ def _feature_pyramid(model: nn.Module, out_indices: Sequence[int] | int | None) 
     wrapped.pretrained_cfg = wrapped.default_cfg = model.pretrained_cfg
     built: nn.Module = wrapped
     return built
-
-
-# --- loading ------------------------------------------------------------------------------------
-
-
-def load_exactly(
-    model: nn.Module, state: Mapping[str, Tensor], architecture: Architecture, origin: str
-) -> None:
-    """Load weights; every name and shape must match.
-
-    Two things may differ, and both are said: a head for another number of classes is left out, and
-    a head that a pretraining checkpoint does not have stays as initialised.
-
-    Args:
-        model: The model, built for the checkpoint's channels.
-        state: Names and tensors.
-        architecture: The model's architecture.
-        origin: What to call the checkpoint in messages.
-
-    Raises:
-        LayoutError: A name is missing or unknown, or a shape differs.
-    """
-    own = model.state_dict()
-    state = _without_foreign_head(dict(state), own, architecture.classifier, origin)
-    hooks_drop = ("norm.weight", "norm.bias") if not architecture.features_only else ()
-    missing = [name for name in own if name not in state]
-    unknown = [name for name in state if name not in own and name not in hooks_drop]
-    shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
-
-    fresh = [name for name in missing if name.startswith(model.head_prefixes)]  # type: ignore[arg-type]
-    for prefix in model.head_prefixes:  # type: ignore[union-attr]
-        parts = [name for name in own if name.startswith(prefix)]
-        if any(name in state for name in parts):
-            # A part of a head is no head: what is left of it must be complete.
-            fresh = [name for name in fresh if name not in parts]
-    lost = [name for name in missing if name not in fresh]
-    problems = []
-    if lost:
-        problems.append(f"{len(lost)} missing: {', '.join(lost[:4])}")
-    if unknown:
-        problems.append(f"{len(unknown)} unknown: {', '.join(unknown[:4])}")
-    problems += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in shapes[:4]
-    ]
-    if problems:
-        raise LayoutError(f"{origin} does not match {architecture.name}: {'; '.join(problems)}")
-    if fresh:
-        logger.info("%s has no %s: left as initialised", origin, ", ".join(fresh[:4]))
-    model.load_state_dict({name: state.get(name, own[name]) for name in own}, strict=True)
-
-
-def _without_foreign_head(
-    state: State, own: Mapping[str, Tensor], classifier: str, origin: str
-) -> State:
-    key = f"{classifier}.weight"
-    if key not in state:
-        return state
-    if key in own and own[key].shape == state[key].shape:
-        return state
-    classes = state[key].shape[0]
-    if key in own:
-        warnings.warn(
-            f"{origin} has a head for {classes} classes; the new head for {own[key].shape[0]} is "
-            f"untrained",
-            stacklevel=4,
-        )
-    else:
-        logger.info("%s has a head for %d classes; left out", origin, classes)
-    return {n: v for n, v in state.items() if n not in (key, f"{classifier}.bias")}
-
-
-# --- bands --------------------------------------------------------------------------------------
-
-
-def _adapt_bands(
-    model: nn.Module,
-    architecture: Architecture,
-    spec: InputSpec,
-    bands: Sequence[str | Band],
-    *,
-    sensor: str | Sensor | None,
-    tolerance: float | None,
-    new_bands: str | None,
-    trained: bool,
-) -> InputSpec:
-    """Select and reorder the first layer's input channels; returns what the model takes then."""
-    if new_bands not in (None, "mean"):
-        raise ModelError(f"new_bands must be 'mean' or None, got {new_bands!r}")
-    if not bands:
-        raise BandError("bands is empty; name at least one")
-    matches = match_bands(
-        bands,
-        spec.bands,
-        wanted_sensor=sensor or spec.sensor,
-        available_sensor=spec.sensor,
-        tolerance=tolerance,
-    )
-    absent = [match for match in matches if match.index is None]
-    if absent and trained and new_bands is None:
-        raise BandError(
-            missing_message(absent, spec.bands, "the new first layer").replace(
-                "the input", "the checkpoint"
-            )
-            + " To start such bands from the mean of the others: new_bands='mean'; to let near "
-            "wavelengths stand in: tolerance=<nm>."
-        )
-    if trained:
-        _select_channels(model.get_submodule(architecture.first_conv), matches)
-        model.in_chans = len(matches)  # type: ignore[assignment]
-        config: Any = model.pretrained_cfg
-        config["input_size"] = (len(matches), *config["input_size"][1:])
-    return _adapted_spec(spec, matches, sensor, tolerance)
-
-
-def _select_channels(conv: nn.Module, matches: Sequence[Match]) -> None:
-    assert isinstance(conv, nn.Conv2d)
-    old = conv.weight.detach()
-    mean = old.mean(dim=1)
-    columns = [mean if m.index is None else old[:, m.index] for m in matches]
-    conv.weight = nn.Parameter(torch.stack(columns, dim=1))
-    conv.in_channels = len(columns)
-
-
-def _adapted_spec(
-    spec: InputSpec,
-    matches: Sequence[Match],
-    of: str | Sensor | None,
-    tolerance: float | None,
-) -> InputSpec:
-    names = [match.wanted for match in matches]
-    new = sensor_of(spec.sensor if of is None else of)
-    nan = float("nan")
-
-    def pick(values: Sequence[float]) -> tuple[float, ...]:
-        return tuple(nan if m.index is None else values[m.index] for m in matches)
-
-    derived = {}
-    for name, rule in spec.derived.items():
-        if name not in names:
-            continue
-        # The rule's bands under the new sensor's names.
-        parts = match_bands(
-            resolve_bands(rule.bands, spec.sensor),
-            new.names,
-            wanted_sensor=spec.sensor,
-            available_sensor=new,
-            tolerance=tolerance,
-        )
-        if parts[0].found and parts[1].found:
-            derived[name] = replace(rule, bands=(parts[0].found, parts[1].found))
-    return replace(
-        spec,
-        sensor=new.name,
-        bands=tuple(names),
-        statistics={
-            level: Statistics(pick(s.mean), pick(s.std)) for level, s in spec.statistics.items()
-        },
-        derived=derived,
-    )

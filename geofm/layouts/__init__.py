@@ -1,6 +1,6 @@
 """Upstream checkpoint layouts, turned into the names and shapes of geofm's models.
 
-A layout knows tensors and names, no files. [`convert`][geofm.layouts.convert] unwraps what a
+A layout knows tensors and names, no files. `convert` unwraps what a
 checkpoint file holds, recognises the layout and returns a plain state dict.
 """
 
