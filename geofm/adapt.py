@@ -12,7 +12,7 @@ from torch import nn
 from geofm.cards import InputSpec, Statistics
 from geofm.errors import BandError, ModelError
 from geofm.registry import Architecture
-from geofm.spectral import Band, Match, Sensor, match_bands, missing_message, resolve_bands
+from geofm.spectral import Band, Match, Sensor, match_bands, missing_message
 from geofm.spectral import sensor as sensor_of
 
 __all__ = ["adapt_bands"]
@@ -62,9 +62,13 @@ def adapt_bands(
     absent = [match for match in matches if match.index is None]
     if absent and trained and new_bands is None:
         raise BandError(
-            missing_message(absent, spec.bands, "the new first layer").replace(
-                "the input", "the checkpoint"
-            )
+            missing_message(
+                absent,
+                spec.bands,
+                "the new first layer",
+                named=bands,
+                read_as=sensor or spec.sensor,
+            ).replace("the input", "the checkpoint")
             + " To start such bands from the mean of the others: new_bands='mean'; to let near "
             "wavelengths stand in: tolerance=<nm>."
         )
@@ -73,7 +77,7 @@ def adapt_bands(
         model.in_chans = len(matches)  # type: ignore[assignment]
         config: Any = model.pretrained_cfg
         config["input_size"] = (len(matches), *config["input_size"][1:])
-    return _adapted_spec(spec, matches, sensor, tolerance)
+    return _adapted_spec(spec, matches, sensor)
 
 
 def _select_channels(conv: nn.Module, matches: Sequence[Match]) -> None:
@@ -89,7 +93,6 @@ def _adapted_spec(
     spec: InputSpec,
     matches: Sequence[Match],
     of: str | Sensor | None,
-    tolerance: float | None,
 ) -> InputSpec:
     names = [match.wanted for match in matches]
     new = sensor_of(spec.sensor if of is None else of)
@@ -102,16 +105,17 @@ def _adapted_spec(
     for name, rule in spec.derived.items():
         if name not in names:
             continue
-        # The rule's bands under the new sensor's names.
-        parts = match_bands(
-            resolve_bands(rule.bands, spec.sensor),
-            new.names,
-            wanted_sensor=spec.sensor,
-            available_sensor=new,
-            tolerance=tolerance,
-        )
-        if parts[0].found and parts[1].found:
-            derived[name] = replace(rule, bands=(parts[0].found, parts[1].found))
+        # The rule's bands under the new sensor's names: "nir" finds B8 here and B5 there.
+        old = sensor_of(spec.sensor)
+        parts = [
+            new.find(part) if old == new else _counterpart(old[part], new) for part in rule.bands
+        ]
+        if parts[0] is None or parts[1] is None:
+            raise BandError(
+                f"{name} is computed from {rule.bands[0]} and {rule.bands[1]} of {old.name}, which "
+                f"{new.name} has no counterparts of"
+            )
+        derived[name] = replace(rule, bands=(parts[0].name, parts[1].name))
     return replace(
         spec,
         sensor=new.name,
@@ -121,3 +125,7 @@ def _adapted_spec(
         },
         derived=derived,
     )
+
+
+def _counterpart(band: Band, among: Sensor) -> Band | None:
+    return None if band.common_name is None else among.find(band.common_name)

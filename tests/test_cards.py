@@ -213,7 +213,7 @@ def test_a_card_cannot_be_changed_but_copied_and_pickled(
         card.title = "other"  # type: ignore[misc]
     # Models carry their card, and are copied and sent to other processes.
     assert copy.deepcopy(card) == card
-    assert pickle.loads(pickle.dumps(card)) == card  # noqa: S301 (our own bytes)
+    assert pickle.loads(pickle.dumps(card)) == card
 
 
 def test_one_set_of_statistics_serves_any_level(read: Callable[[Table], WeightCard]) -> None:

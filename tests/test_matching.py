@@ -229,3 +229,8 @@ def test_a_misspelled_name_is_recognised_and_a_meaningful_one_is_not():
     message = missing_message(match_bands(["B8A", "B1"], names), names, "the model")
     assert "Is 'B8_A' meant to be 'B8A'?" in message
     assert "B10' meant" not in message
+
+
+def test_a_common_name_that_two_bands_bear_matches_neither():
+    bands = [Band("red_a", "red", 650.0), Band("red_b", "red", 670.0)]
+    assert found(["B4"], bands) == {"B4": None}
