@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from geofm.errors import CardError
-from geofm.spectral import SENSORS, NormalizedDifference
+from geofm.spectral import SENSORS, NormalizedDifference, Sensor
 
 __all__ = [
     "InputSpec",
@@ -289,7 +289,8 @@ def read_card(path: Path) -> WeightCard:
         raise CardError(f"card {path.name}: not valid TOML: {error}") from error
     top = _Section(path.name, "", content)
     name = top.text("name")
-    if "." not in name.strip("."):
+    model, _, tag = name.partition(".")
+    if not model or not tag or "." in tag:
         raise top.error("name", f"must be model.tag, got {name!r}")
     card = WeightCard(
         name=name,
@@ -339,18 +340,21 @@ def _read_input(section: _Section) -> InputSpec:
         divisor = float(section.take("divisor", (int, float)))
         if not divisor > 0:
             raise section.error("divisor", f"must be positive, got {divisor}")
-    derived = _read_derived(section, bands)
+    derived = _read_derived(section, bands, SENSORS[sensor])
     unknown = [b for b in bands if b not in derived and SENSORS[sensor].find(b) is None]
     if unknown:
         raise section.error("bands", f"{sensor} has no {', '.join(unknown)}, nor are they derived")
     if len(set(bands)) != len(bands):
         raise section.error("bands", "lists a band twice")
+    size = section.take("size", int)
+    if size <= 0:
+        raise section.error("size", f"must be positive, got {size}")
     spec = InputSpec(
         sensor=sensor,
         bands=bands,
         levels=levels,
         normalization=normalization,
-        size=section.take("size", int),
+        size=size,
         fit=section.text("fit", choices=FITS),
         nodata=section.numbers("nodata", None, ()),
         statistics=statistics,
@@ -361,14 +365,18 @@ def _read_input(section: _Section) -> InputSpec:
     return spec
 
 
-def _read_derived(section: _Section, bands: Sequence[str]) -> dict[str, NormalizedDifference]:
+def _read_derived(
+    section: _Section, bands: Sequence[str], sensor: Sensor
+) -> dict[str, NormalizedDifference]:
     derived = {}
     table = section.section("derived", optional=True)
     for name in list(table.content):
         entry = table.section(name)
         parts = entry.texts("bands")
-        if len(parts) != 2:
-            raise entry.error("bands", f"a normalized difference has 2 bands, got {len(parts)}")
+        if len(set(parts)) != 2 or len(parts) != 2 or any(sensor.find(p) is None for p in parts):
+            raise entry.error(
+                "bands", f"must be two different bands of {sensor.name}, got {list(parts)}"
+            )
         derived[name] = NormalizedDifference(
             name=name,
             bands=(parts[0], parts[1]),
@@ -392,6 +400,8 @@ def _read_source(section: _Section) -> Source:
     fields = {key: section.text(key) for key in needs}
     if kind == "huggingface":
         fields["repo_type"] = section.text("repo_type", "model", choices=("model", "dataset"))
+    if kind == "url" and not fields["url"].startswith(("https://", "http://")):
+        raise section.error("url", f"must be an http or https address, got {fields['url']!r}")
     digest = fields.pop("sha256", None) or section.text("sha256", "")
     if digest and (not 8 <= len(digest) <= 64 or set(digest) - set("0123456789abcdef")):
         raise section.error("sha256", "must be 8 to 64 lower-case hexadecimal digits")
@@ -403,7 +413,7 @@ def _read_source(section: _Section) -> Source:
 
 def _leaves_folder(filename: str) -> bool:
     path = Path(filename)
-    return path.is_absolute() or ".." in path.parts or "\\" in filename
+    return path.is_absolute() or ".." in path.parts or "\\" in filename or not path.name
 
 
 def _read_licence(section: _Section) -> Licence:

@@ -9,6 +9,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,6 @@ from safetensors.torch import load_file
 from geofm.errors import GeofmError, LayoutError, UnsafeFileError
 
 __all__ = ["read_checkpoint"]
-
-# Containers of plain settings that training scripts save beside the weights. None is imported or
-# called: each is replaced by `_Inert`, which keeps nothing.
-_HARMLESS = (
-    "argparse.Namespace",
-    "pathlib.PosixPath",
-    "pathlib.PurePosixPath",
-    "pathlib.WindowsPath",
-    "pathlib._local.PosixPath",
-)
 
 # What torch.save wrote before its files were zip archives begins with this number, pickled.
 _LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
@@ -62,11 +53,32 @@ class _Inert:
         pass
 
 
+# Plain settings that training scripts save beside the weights. None of these is imported or called:
+# each is replaced by a stand-in that runs nothing.
+_STAND_INS: dict[str, type] = {
+    "argparse.Namespace": _Inert,
+    "pathlib.PosixPath": _Inert,
+    "pathlib.PurePosixPath": _Inert,
+    "pathlib.WindowsPath": _Inert,
+    "pathlib._local.PosixPath": _Inert,
+    # A best score or a learning rate that was a NumPy number.
+    "numpy.core.multiarray.scalar": _Inert,
+    "numpy._core.multiarray.scalar": _Inert,
+    "numpy.dtype": _Inert,
+    "_codecs.encode": _Inert,
+    # Hyperparameters of Lightning checkpoints: dictionaries, which torch fills item by item.
+    "lightning_fabric.utilities.data.AttributeDict": OrderedDict,
+    "lightning.fabric.utilities.data.AttributeDict": OrderedDict,
+    "pytorch_lightning.utilities.parsing.AttributeDict": OrderedDict,
+}
+
+
 def read_checkpoint(path: Path) -> Any:
     """Read what a checkpoint file holds.
 
     Safetensors files hold tensors only. PyTorch files are read with ``weights_only``: tensors,
-    numbers, strings and plain containers; an ``argparse.Namespace`` or a path is skipped.
+    numbers, strings and plain containers; settings beside them (``argparse.Namespace``, paths,
+    NumPy numbers, Lightning's hyperparameters) are skipped.
 
     Args:
         path: A ``.safetensors`` file or one written by ``torch.save``, whatever its suffix.
@@ -136,7 +148,7 @@ def _check_archive(path: Path, size: int) -> None:
             f"{path} was not written by torch.save ({_first_line(error)}); export its state dict "
             f"with torch.save(model.state_dict(), ...) or as safetensors"
         ) from error
-    unsafe = sorted(set(names) - set(_HARMLESS))
+    unsafe = sorted(set(names) - set(_STAND_INS))
     if unsafe:
         raise _unsafe(path, ", ".join(unsafe))
 
@@ -171,7 +183,7 @@ def _check_pickle(path: Path, legacy: bool) -> None:
 
 
 def _read_torch(path: Path) -> Any:
-    stand_ins: list[Any] = [(_Inert, name) for name in _HARMLESS]
+    stand_ins: list[Any] = [(kind, name) for name, kind in _STAND_INS.items()]
     try:
         with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings():
             # That a newer pickle protocol might not be understood: then it is an error anyway.

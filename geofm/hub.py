@@ -7,8 +7,8 @@ The cache is ``$GEOFM_HOME`` (default ``~/.cache/geofm``):
   MP-MAE files share one file name.
 * ``hashes/<key>.json``: the sha256 of the first download, where none or only its beginning is
   published. A file that differs later is refused.
-* ``converted/<source sha256>.<layout>.safetensors``: weights under geofm's names, with their own
-  sha256 beside them.
+* ``converted/<source sha256>.<layout>.<version>.safetensors``: weights under geofm's names, with
+  their own sha256 beside them.
 """
 
 from __future__ import annotations
@@ -62,6 +62,10 @@ __all__ = [
     "sha256_of",
     "verify_cache",
 ]
+
+# Part of the converted files' names: raise it when a layout's conversion changes, so that files
+# of the old one are not used any more.
+_CONVERSION = "v1"
 
 logger = logging.getLogger(__name__)
 
@@ -372,7 +376,7 @@ def _known_hash(source: Source) -> str | None:
 
 
 def _converted_path(digest: str, layout: str) -> Path:
-    return cache_dir() / "converted" / f"{digest}.{layout}.safetensors"
+    return cache_dir() / "converted" / f"{digest}.{layout}.{_CONVERSION}.safetensors"
 
 
 def _read_converted(digest: str, layout: str) -> State | None:

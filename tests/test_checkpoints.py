@@ -8,13 +8,16 @@ import io
 import os
 import pickle
 import random
+import sys
 import tarfile
+import types
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from loopback import damage
@@ -521,3 +524,26 @@ def test_a_damaged_local_file_is_no_model(write: Callable[..., Path], atto: Stat
     damage(path, path.stat().st_size // 2)
     with pytest.raises(LayoutError, match="damaged"):
         create_model("mpmae_atto", pretrained=path)
+
+
+def test_numpy_numbers_and_lightning_hyperparameters_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "pytorch_lightning.utilities.parsing"
+    module = types.ModuleType(name)
+    module.AttributeDict = type("AttributeDict", (dict,), {"__module__": name})
+    for part in ("pytorch_lightning", "pytorch_lightning.utilities"):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    monkeypatch.setitem(sys.modules, name, module)
+    path = tmp_path / "seco.ckpt"
+    torch.save(
+        {
+            "state_dict": {"w": torch.ones(2)},
+            "hyper_parameters": module.AttributeDict(lr=0.03),
+            "args": argparse.Namespace(lr=np.float64(0.1)),
+            "best": np.float32(0.5),
+        },
+        path,
+    )
+    monkeypatch.delitem(sys.modules, name)
+    torch.testing.assert_close(read_checkpoint(path)["state_dict"]["w"], torch.ones(2))

@@ -613,8 +613,8 @@ def test_two_processes_at_once_share_one_download(
     assert [ok for _, ok in hub.verify_cache([card])] == [True, True]
     kinds = [re.sub(r"[0-9a-f]{16,}", "#", name) for name in files_in(home)]
     assert kinds == [
-        "converted/#.mmearth.safetensors",
-        "converted/#.mmearth.safetensors.sha256",
+        "converted/#.mmearth.v1.safetensors",
+        "converted/#.mmearth.v1.safetensors.sha256",
         "downloads/#/checkpoint-199.pth",
         "hashes/#.json",
     ]

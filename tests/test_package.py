@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_wheel_brings_the_cards_and_finds_them(tmp_path: Path) -> None:
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path)]
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-        + ["--wheel-dir", str(tmp_path), str(ROOT)],
+        [sys.executable, "-m", "pip", "wheel", *options, str(ROOT)],
         check=True,
         capture_output=True,
     )
@@ -75,6 +75,8 @@ def test_the_readmes_eight_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_version_is_the_changelogs() -> None:
-    assert re.search(r"^## \[(Unreleased|" + re.escape(geofm.__version__) + r")\]", (
-        ROOT / "CHANGELOG.md"
-    ).read_text(), re.MULTILINE)
+    assert re.search(
+        r"^## \[(Unreleased|" + re.escape(geofm.__version__) + r")\]",
+        (ROOT / "CHANGELOG.md").read_text(),
+        re.MULTILINE,
+    )
