@@ -6,6 +6,7 @@ expected and what to do about it.
 """
 
 __all__ = [
+    "AuxiliaryError",
     "BandError",
     "CardError",
     "DownloadError",
@@ -24,6 +25,10 @@ __all__ = [
 
 class GeofmError(Exception):
     """Base of all errors raised by geofm."""
+
+
+class AuxiliaryError(GeofmError, ValueError):
+    """An environmental variable is unknown, misshapen, or cannot be in its unit."""
 
 
 class BandError(GeofmError, ValueError):
