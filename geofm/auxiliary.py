@@ -47,7 +47,7 @@ class Variable:
     about: str = ""
 
 
-def auxiliary_table(values: Any, variables: Sequence[Variable]) -> Tensor:
+def auxiliary_table(values: Any, variables: Sequence[Variable], check_units: bool = True) -> Tensor:
     """Environmental variables as a table in a model's order, checked against their units.
 
     Args:
@@ -55,6 +55,7 @@ def auxiliary_table(values: Any, variables: Sequence[Variable]) -> Tensor:
             sequences of one length); or a list of dicts. None or NaN where a value is missing;
             a variable may be left out altogether.
         variables: What the model takes.
+        check_units: Refuse values that cannot be in their unit.
 
     Returns:
         float32, (N, variables), NaN where missing.
@@ -77,8 +78,9 @@ def auxiliary_table(values: Any, variables: Sequence[Variable]) -> Tensor:
                 f"auxiliary must be (N, {len(names)}), in the order {', '.join(names)}; got "
                 f"{tuple(table.shape)}. A dict of columns needs no order"
             )
-    _check_limits(table, variables)
-    _check_scales(table, variables)
+    if check_units:
+        _check_limits(table, variables)
+        _check_scales(table, variables)
     return table
 
 

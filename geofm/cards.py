@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from geofm.auxiliary import Variable
 from geofm.errors import CardError
 from geofm.spectral import SENSORS, NormalizedDifference, Sensor
 
@@ -34,7 +35,7 @@ __all__ = [
 
 LEVELS = ("L1C", "L2A")
 FITS = ("any", "crop_or_resize")
-NORMALIZATIONS = ("zscore", "divide")
+NORMALIZATIONS = ("zscore", "divide", "range")
 SOURCES = ("huggingface", "url", "bundled")
 
 
@@ -59,14 +60,17 @@ class InputSpec:
         sensor: Sensor whose band names are used.
         bands: Band names in channel order.
         levels: Product levels in the training data, of ``"L1C"`` and ``"L2A"``.
-        normalization: ``"zscore"`` ((DN − mean) / std, see `statistics`) or ``"divide"`` (DN /
-            `divisor`).
+        normalization: ``"zscore"`` ((DN − mean) / std, see `statistics`), ``"divide"`` (DN /
+            `divisor`) or ``"range"`` (the model itself brings DN from `low` and `high` to −1 and
+            1, and takes NaN for missing pixels).
         size: Side of the tiles in training, in px.
         fit: What happens to tiles of another size: ``"any"`` (nothing) or
             ``"crop_or_resize"`` (centre crop if large enough, else bicubic resize).
         nodata: Stored values that mean "no data" in DN.
         statistics: By product level; ``"any"`` where one set serves all.
         divisor: Of the ``"divide"`` normalization.
+        low: Lowest DN of each band, of the ``"range"`` normalization.
+        high: Highest DN of each band.
         derived: Bands that can be computed where an image lacks them.
     """
 
@@ -79,6 +83,8 @@ class InputSpec:
     nodata: tuple[float, ...] = ()
     statistics: Mapping[str, Statistics] = field(default_factory=dict)
     divisor: float | None = None
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
     derived: Mapping[str, NormalizedDifference] = field(default_factory=dict)
 
     @property
@@ -98,6 +104,8 @@ class InputSpec:
         Raises:
             CardError: There are no statistics for the level.
         """
+        if self.normalization == "range":
+            return (0.0,) * len(self.bands), (1.0,) * len(self.bands)
         if self.normalization == "divide":
             assert self.divisor is not None
             return (0.0,) * len(self.bands), (self.divisor,) * len(self.bands)
@@ -191,6 +199,7 @@ class WeightCard:
         citation: BibTeX.
         training: What it was trained on and how, by keyword.
         scores: Published results.
+        auxiliary: Environmental variables the model takes besides images, in order.
         path: The card's own file.
     """
 
@@ -205,6 +214,7 @@ class WeightCard:
     citation: str
     training: Mapping[str, Any]
     scores: tuple[Score, ...]
+    auxiliary: tuple[Variable, ...]
     path: Path
 
     @property
@@ -304,6 +314,7 @@ def read_card(path: Path) -> WeightCard:
         citation=top.text("citation"),
         training=dict(top.take("training", dict, {})),
         scores=_read_scores(top),
+        auxiliary=_read_auxiliary(top),
         path=path,
     )
     top.finish()
@@ -323,6 +334,8 @@ def _read_input(section: _Section) -> InputSpec:
     levels = section.texts("levels", choices=LEVELS)
     statistics = {}
     divisor = None
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
     if normalization == "zscore":
         table = section.section("statistics")
         for level in list(table.content):
@@ -335,6 +348,12 @@ def _read_input(section: _Section) -> InputSpec:
             entry.finish()
         if set(statistics) != set(levels) and set(statistics) != {"any"}:
             raise table.error("", f"has {sorted(statistics)}, levels are {list(levels)}")
+        table.finish()
+    elif normalization == "range":
+        table = section.section("range")
+        low, high = table.numbers("low", len(bands)), table.numbers("high", len(bands))
+        if any(a >= b for a, b in zip(low, high, strict=True)):
+            raise table.error("", "every low must be below its high")
         table.finish()
     else:
         divisor = float(section.take("divisor", (int, float)))
@@ -359,6 +378,8 @@ def _read_input(section: _Section) -> InputSpec:
         nodata=section.numbers("nodata", None, ()),
         statistics=statistics,
         divisor=divisor,
+        low=low,
+        high=high,
         derived=derived,
     )
     section.finish()
@@ -444,6 +465,34 @@ def _read_scores(top: _Section) -> tuple[Score, ...]:
         )
         entry.finish()
     return tuple(scores)
+
+
+def _read_auxiliary(top: _Section) -> tuple[Variable, ...]:
+    variables = []
+    for number, content in enumerate(top.take("auxiliary", list, [])):
+        if not isinstance(content, dict):
+            raise top.error(f"auxiliary[{number}]", "must be a table")
+        entry = _Section(top.card, f"auxiliary[{number}]", content)
+        low, high = entry.numbers("range", 2)
+        minimum, maximum = entry.numbers("limits", 2)
+        if not minimum <= low < high <= maximum:
+            raise entry.error("range", f"must be ascending and within limits, got {low}, {high}")
+        variables.append(
+            Variable(
+                name=entry.text("name"),
+                unit=entry.text("unit"),
+                group=entry.text("group"),
+                low=low,
+                high=high,
+                minimum=minimum,
+                maximum=maximum,
+                about=entry.text("about", ""),
+            )
+        )
+        entry.finish()
+    if len({variable.name for variable in variables}) != len(variables):
+        raise top.error("auxiliary", "names a variable twice")
+    return tuple(variables)
 
 
 _REQUIRED: Any = object()

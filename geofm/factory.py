@@ -84,8 +84,13 @@ def create_model(
     """
     base, tag = registry.split_name(name)
     architecture = registry.architecture(base)
-    if features_only and not architecture.features_only:
-        raise ModelError(f"{base} segments images and has no features_only form; use its encoder")
+    if features_only and architecture.kind != "encoder":
+        raise ModelError(f"{base} is no encoder and has no features_only form")
+    if bands is not None and architecture.kind == "dual":
+        raise ModelError(
+            f"{base} takes the bands of its card; bring yours into their order with "
+            f"create_transform(model, bands=[...], fill=...)"
+        )
     if bands is not None and in_chans is not None and in_chans != len(bands):
         raise ModelError(f"in_chans={in_chans}, but {len(bands)} bands are named")
 
@@ -101,8 +106,9 @@ def create_model(
             + (f" ({', '.join(spec.bands)})" if spec else "")
             + f", not {in_chans}; to use others, name them: bands=[...]"
         )
-    arguments |= {"num_classes": num_classes, "drop_path_rate": drop_path_rate}
-    model = _build(architecture, arguments, global_pool)
+    if architecture.kind == "dual":
+        arguments = _ranges_of(_described_by(architecture, tag, weights)) | arguments
+    model = _build(architecture, arguments, num_classes, global_pool, drop_path_rate)
     if weights is not None:
         load_exactly(model, weights.state, architecture, weights.origin)
 
@@ -200,6 +206,20 @@ def _card_or_default(architecture: Architecture, tag: str | None) -> WeightCard:
         return registry.card_of(architecture, tag)
     default = registry.default_card(architecture)
     return default if default is not None else published_cards()[architecture.input_card]
+
+
+def _described_by(
+    architecture: Architecture, tag: str | None, weights: FoundWeights | None
+) -> WeightCard:
+    if weights is not None and weights.card is not None:
+        return weights.card
+    return _card_or_default(architecture, tag)
+
+
+def _ranges_of(card: WeightCard) -> dict[str, Any]:
+    """What a model that normalizes by itself needs to know of its card."""
+    pairs = list(zip(card.input.low, card.input.high, strict=True))
+    return {"image_range": pairs, "variables": card.auxiliary}
 
 
 def _resolve_arguments(
@@ -306,30 +326,34 @@ def _card_that_fits(architecture: Architecture, arguments: Mapping[str, Any]) ->
 
 
 def _build(
-    architecture: Architecture,
-    arguments: Mapping[str, Any],
-    global_pool: str,
+    architecture: Architecture, arguments: dict[str, Any], classes: int, pool: str, drop_path: float
 ) -> nn.Module:
-    arguments = dict(arguments)
-    if not architecture.features_only:
-        if global_pool != "avg":
-            raise ModelError(f"{architecture.name} labels pixels and cannot pool them")
-    else:
-        arguments["global_pool"] = global_pool
-    if architecture.name.startswith("ssl4eco_resnet") and "img_size" in arguments:
+    name = architecture.name
+    if architecture.kind == "dual":
+        if classes or pool != "avg" or drop_path:
+            raise ModelError(
+                f"{name} has no classes, pooling or drop path to choose: it compares observations "
+                f"with names, see geofm.zero_shot"
+            )
+        model = architecture.build(**arguments)
+        model.pretrained_cfg = {"architecture": name}  # type: ignore[assignment]
+        return model
+    arguments = arguments | {"num_classes": classes, "drop_path_rate": drop_path}
+    if architecture.kind == "encoder":
+        arguments["global_pool"] = pool
+    elif pool != "avg":
+        raise ModelError(f"{name} labels pixels and cannot pool them")
+    if name.startswith("ssl4eco_resnet") and "img_size" in arguments:
         raise TypeError("a ResNet has no img_size: it takes tiles of any size")
-    model: nn.Module = build_model_with_cfg(
+    built: nn.Module = build_model_with_cfg(
         architecture.build,
-        architecture.name,
+        name,
         pretrained=False,
-        pretrained_cfg={
-            "architecture": architecture.name,
-            **timm_config(architecture, arguments),
-        },
-        kwargs_filter=None if architecture.features_only else ("global_pool",),
+        pretrained_cfg={"architecture": name, **timm_config(architecture, arguments)},
+        kwargs_filter=None if architecture.kind == "encoder" else ("global_pool",),
         **arguments,
     )
-    return model
+    return built
 
 
 def _feature_pyramid(model: nn.Module, out_indices: Sequence[int] | int | None) -> nn.Module:

@@ -150,7 +150,7 @@ def load_exactly(
     """
     own = model.state_dict()
     state = _without_foreign_head(dict(state), own, architecture.classifier, origin)
-    hooks_drop = ("norm.weight", "norm.bias") if not architecture.features_only else ()
+    hooks_drop = ("norm.weight", "norm.bias") if architecture.kind == "segmenter" else ()
     missing = [name for name in own if name not in state]
     unknown = [name for name in state if name not in own and name not in hooks_drop]
     shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
@@ -182,7 +182,7 @@ def _without_foreign_head(
     state: State, own: Mapping[str, Tensor], classifier: str, origin: str
 ) -> State:
     key = f"{classifier}.weight"
-    if key not in state:
+    if not classifier or key not in state:
         return state
     if key in own and own[key].shape == state[key].shape:
         return state

@@ -164,11 +164,13 @@ class Preprocess(nn.Module):
         self.sources = planner.plan()
         shift, scale = spec.shift_and_scale(self.level)
         self.shift, self.scale = _complete_statistics(spec.bands, shift, scale, statistics)
-        if spec.normalization == "divide" and any(s.kind == "mean" for s in self.sources):
+        if spec.normalization != "zscore" and any(s.kind == "mean" for s in self.sources):
             raise BandError(
-                "fill='mean' needs training means, and this checkpoint divides by a constant and "
-                "publishes none; use fill='zero' or copy a band"
+                "fill='mean' needs training means, and this checkpoint is normalized without any; "
+                "use fill='zero' or copy a band"
             )
+        # A model that normalizes by itself tells missing pixels from a value by NaN.
+        self.blank = math.nan if spec.normalization == "range" else 0.0
         # Holds no number, only the device and type that the module was moved to.
         self.register_buffer("_like", torch.empty(0, dtype=torch.float32), persistent=False)
 
@@ -182,7 +184,8 @@ class Preprocess(nn.Module):
         Returns:
             float32 (or what the module was cast to; it computes in float32) with the model's bands
             in place of C, the other dimensions kept, unless the size rule changes H and W. Missing
-            pixels are 0. Tensors stay on their device, arrays go to the module's.
+            pixels are 0, or NaN for a model that normalizes by itself. Tensors stay on their
+            device, arrays go to the module's.
 
         Raises:
             PixelError: The shape is wrong, or the values cannot be in the stated units.
@@ -288,7 +291,7 @@ class Preprocess(nn.Module):
                     unit = {"dn": source.rule.scale, "reflectance": 1.0, "uint8": 255.0}
                     layer = source.rule.finish(layer / unit[self.units])
             layer = (layer - shift) / scale
-            layers.append(layer if missing is None else layer.masked_fill(missing, 0.0))
+            layers.append(layer if missing is None else layer.masked_fill(missing, self.blank))
         return torch.stack(layers, -3)
 
     def _fit(self, x: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ class Architecture:
         input_card: Card whose input section describes what the model takes without weights.
         first_conv: Name of the layer that sees the bands.
         classifier: Name of the linear head.
-        features_only: Whether it can return a pyramid of feature maps.
+        kind: ``"encoder"`` (images to features or classes; registered in timm), ``"segmenter"``
+            (a label for every pixel) or ``"dual"`` (observations and text in one space).
     """
 
     name: str
@@ -53,13 +54,14 @@ class Architecture:
     input_card: str
     first_conv: str
     classifier: str
-    features_only: bool = True
+    kind: str = "encoder"
 
 
 @cache
 def architectures() -> Mapping[str, Architecture]:
     """All architectures by name; the variants stand at the bottom of each model's file."""
     # Imported here: timm takes seconds, and `import geofm` must not.
+    geotreeclip = importlib.import_module("geofm.models.geotreeclip")
     mpmae = importlib.import_module("geofm.models.mpmae")
     ssl4eco = importlib.import_module("geofm.models.ssl4eco")
     unet = importlib.import_module("geofm.models.unet")
@@ -82,7 +84,7 @@ def architectures() -> Mapping[str, Architecture]:
                 mmearth_card,
                 "initial_conv.0",
                 "head",
-                features_only=False,
+                kind="segmenter",
             )
         )
     for variants, build, first_conv, classifier in (
@@ -94,6 +96,19 @@ def architectures() -> Mapping[str, Architecture]:
             rows.append(
                 Architecture(name, build, arguments, name, ssl4eco_card, first_conv, classifier)
             )
+    for name, arguments in geotreeclip.VARIANTS.items():
+        rows.append(
+            Architecture(
+                name,
+                geotreeclip.GeoTreeCLIP,
+                arguments,
+                name,
+                "geotreeclip.ggt6m",
+                "series.trunk.patch_embed.proj",
+                classifier="",
+                kind="dual",
+            )
+        )
     return MappingProxyType({row.name: row for row in rows})
 
 

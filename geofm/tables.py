@@ -47,11 +47,11 @@ def card_text(card: WeightCard) -> str:
     """
     spec = card.input
     arguments = ", ".join(f"{k}={v}" for k, v in card.arguments.items())
-    normalization = (
-        f"DN / {spec.divisor:g}"
-        if spec.divisor is not None
-        else f"(DN - mean) / std, statistics of {', '.join(spec.statistics)}"
-    )
+    normalization = {
+        "zscore": f"(DN - mean) / std, statistics of {', '.join(spec.statistics)}",
+        "divide": f"DN / {spec.divisor or 1:g}",
+        "range": "DN to -1..1 by a range per band, inside the model",
+    }[spec.normalization]
     lines = [
         f"{card.name}: {card.title}",
         f"arguments: {arguments}",
@@ -63,6 +63,9 @@ def card_text(card: WeightCard) -> str:
         lines.append(
             f"           {name} from {rule.bands[0]} and {rule.bands[1]} where it is missing"
         )
+    if card.auxiliary:
+        names = ", ".join(f"{v.name} ({v.unit})" for v in card.auxiliary)
+        lines.append(f"variables: {names}")
     lines += [
         f"source:    {card.source}",
         f"sha256:    {card.source.sha256 or 'not published; recorded at the first download'}",

@@ -97,7 +97,7 @@ def _entry_point(architecture: Architecture) -> Callable[..., nn.Module]:
     return build
 
 
-_ENCODERS = [a for a in registry.architectures().values() if a.features_only]
+_ENCODERS = [a for a in registry.architectures().values() if a.kind == "encoder"]
 default_cfgs = generate_default_cfgs(
     {name: config for a in _ENCODERS for name, config in _configs(a).items()}
 )

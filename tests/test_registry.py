@@ -15,6 +15,7 @@ def test_wildcards_list_architectures_and_checkpoints() -> None:
     assert "mpmae_atto" in geofm.list_models("mpmae_*")
     assert "ssl4eco_resnet50" not in geofm.list_models("mpmae_*")
     assert set(geofm.list_models(["*_tiny", "*resnet18"])) == {
+        "geotreeclip_tiny",
         "mpmae_tiny",
         "mpmae_unet_tiny",
         "ssl4eco_resnet18",

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from geofm.errors import LayoutError
-from geofm.layouts import mmearth, native, ssl4eco
+from geofm.layouts import globalgeotree, mmearth, native, ssl4eco
 
 __all__ = ["LAYOUTS", "Layout", "convert", "unwrap"]
 
@@ -39,6 +39,7 @@ class Layout:
 LAYOUTS: dict[str, Layout] = {
     layout.name: layout
     for layout in (
+        Layout("globalgeotree", globalgeotree.matches, globalgeotree.convert),
         Layout("mmearth", mmearth.matches, mmearth.convert),
         Layout("ssl4eco_sequential", ssl4eco.matches_sequential, ssl4eco.convert_sequential),
         Layout("ssl4eco_moco", ssl4eco.matches_moco, ssl4eco.convert_moco),

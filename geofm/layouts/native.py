@@ -7,7 +7,12 @@ from torch import Tensor
 __all__ = ["convert", "matches"]
 
 # The first layers of the model families, by which a plain state dict is known.
-_FIRST = ("initial_conv.0.weight", "conv1.weight", "patch_embed.proj.weight")
+_FIRST = (
+    "initial_conv.0.weight",
+    "conv1.weight",
+    "patch_embed.proj.weight",
+    "series.trunk.patch_embed.proj.weight",
+)
 
 
 def matches(state: dict[str, Tensor]) -> bool:

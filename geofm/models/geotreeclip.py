@@ -8,7 +8,7 @@ result with 27 environmental variables; the text tower is CLIP's.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -171,7 +171,7 @@ class GeoTreeCLIP(nn.Module):
             projection after it.
         text_depth: Its layers.
         text_heads: Its heads.
-        image_range: Lowest and highest DN of each band, for the fixed normalization; None: −1 and 1.
+        image_range: Lowest and highest DN of each band, for the fixed normalization; None: −1, 1.
         variables: The environmental variables, group after group, with their training ranges for
             the fixed normalization; None: those of the paper, from −1 to 1.
         normalization: ``"fixed"``: to (−1, 1) by these ranges, so that a sample's features do not
@@ -246,6 +246,33 @@ class GeoTreeCLIP(nn.Module):
             self.register_buffer(f"{name}_low", ranges[:, 0], persistent=False)
             self.register_buffer(f"{name}_high", ranges[:, 1], persistent=False)
 
+    @classmethod
+    def arguments_in(cls, state: dict[str, Tensor]) -> dict[str, Any]:
+        """Constructor arguments that a state dict implies.
+
+        Args:
+            state: Names and tensors of such a model.
+
+        Returns:
+            ``in_chans``, ``embed_dim``, and widths and depths of both towers.
+
+        Raises:
+            KeyError: A layer that every such model has is absent; its name.
+        """
+
+        def depth(prefix: str) -> int:
+            return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
+
+        kernel = state["series.trunk.patch_embed.proj.weight"]
+        return {
+            "in_chans": kernel.shape[1],
+            "embed_dim": state["fusion.0.weight"].shape[0],
+            "vision_width": kernel.shape[0],
+            "vision_depth": depth("series.trunk.blocks."),
+            "text_width": state["text.ln_final.weight"].shape[0],
+            "text_depth": depth("text.transformer.resblocks."),
+        }
+
     def normalize_images(self, images: Tensor, present: Tensor) -> Tensor:
         """Bring DN to the range of the training data, (−1, 1).
 
@@ -257,14 +284,11 @@ class GeoTreeCLIP(nn.Module):
             Normalized images, 0 in missing months.
         """
         mask = present[:, :, None, None, None]
-        images = torch.where(mask, images, torch.zeros_like(images))
         if self.normalization == "batch":
-            # Missing months count as 0 in the extremes, as published.
-            low = images.amin(dim=(0, 1, 3, 4))
-            high = images.amax(dim=(0, 1, 3, 4))
+            low, high = _image_extremes(images, mask)
         else:
             low, high = self.image_low, self.image_high
-        return torch.where(mask, _to_unit(images, low, high, dim=2), torch.zeros_like(images))
+        return _to_unit(images, low, high, dim=2).masked_fill(~mask, 0.0)
 
     def normalize_auxiliary(self, auxiliary: Tensor, present: Tensor) -> Tensor:
         """Bring environmental variables to the range of the training data, (−1, 1).
@@ -277,15 +301,45 @@ class GeoTreeCLIP(nn.Module):
             Normalized variables, 0 where missing.
         """
         if self.normalization == "batch":
-            inf = torch.full_like(auxiliary, torch.inf)
-            low = torch.where(present, auxiliary, inf).amin(dim=0)
-            high = torch.where(present, auxiliary, -inf).amax(dim=0)
-            unknown = ~present.any(dim=0)
-            low, high = low.masked_fill(unknown, 0.0), high.masked_fill(unknown, 0.0)
+            low, high = _auxiliary_extremes(auxiliary, present)
         else:
             low, high = self.auxiliary_low, self.auxiliary_high
-        unit = _to_unit(auxiliary, low, high, dim=1)
-        return torch.where(present, unit, torch.zeros_like(unit))
+        return _to_unit(auxiliary, low, high, dim=1).masked_fill(~present, 0.0)
+
+    @torch.no_grad()
+    def fit_normalization(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Estimate the ranges of the fixed normalization from data of one's own.
+
+        The range of a band or variable becomes the median, over batches, of the lowest and of the
+        highest value in the batch: what the published normalization used, in the middle.
+
+        Args:
+            batches: Dictionaries with ``images`` and ``auxiliary``, and optionally ``image_mask``
+                and ``auxiliary_mask``, as for `encode_image`; batches like those of training (192
+                places) give ranges like those of training.
+
+        Raises:
+            ModelError: There are no batches, or a band or variable is the same everywhere.
+        """
+        images, places = [], []
+        for batch in batches:
+            pixels, present, values, known = self._inputs(
+                batch["images"],
+                batch["auxiliary"],
+                batch.get("image_mask"),
+                batch.get("auxiliary_mask"),
+            )
+            images.append(torch.stack(_image_extremes(pixels, present[:, :, None, None, None])))
+            places.append(torch.stack(_auxiliary_extremes(values, known)))
+        if not images:
+            raise ModelError("fit_normalization needs at least one batch")
+        for name, extremes in (("image", images), ("auxiliary", places)):
+            low, high = torch.stack(extremes).median(dim=0).values
+            if bool((low >= high).any()):
+                flat = (low >= high).nonzero().flatten().tolist()
+                raise ModelError(f"{name} channels {flat} are the same everywhere")
+            getattr(self, f"{name}_low").copy_(low)
+            getattr(self, f"{name}_high").copy_(high)
 
     def encode_image(
         self,
@@ -312,20 +366,36 @@ class GeoTreeCLIP(nn.Module):
             PixelError: The images have a wrong shape.
             AuxiliaryError: A variable is unknown or cannot be in its unit.
         """
-        images = self._as_images(images)
-        known = torch.isfinite(images).all(dim=(2, 3, 4))
-        present = known if image_mask is None else known & image_mask.to(known.device).bool()
-        values = auxiliary_table(auxiliary, self.variables).to(images.device)
-        finite = torch.isfinite(values)
-        if auxiliary_mask is not None:
-            finite = finite & auxiliary_mask.to(finite.device).bool()
-        values = torch.where(finite, values, torch.zeros_like(values))
+        pixels, present, values, known = self._inputs(images, auxiliary, image_mask, auxiliary_mask)
         return self._encode_normalized(
-            self.normalize_images(images, present),
+            self.normalize_images(pixels, present),
             present,
-            self.normalize_auxiliary(values, finite),
+            self.normalize_auxiliary(values, known),
             normalize,
         )
+
+    def _inputs(
+        self,
+        images: Tensor,
+        auxiliary: Any,
+        image_mask: Tensor | None,
+        auxiliary_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images, which months are there, variables, which values are there."""
+        pixels = self._as_images(images)
+        present = torch.isfinite(pixels).all(dim=(2, 3, 4))
+        if image_mask is not None:
+            present = present & image_mask.to(present.device).bool()
+        # By a batch's own extremes any linear unit comes out alike, so there none is checked.
+        values = auxiliary_table(
+            auxiliary, self.variables, check_units=self.normalization == "fixed"
+        ).to(pixels.device)
+        known = torch.isfinite(values)
+        if auxiliary_mask is not None:
+            known = known & auxiliary_mask.to(known.device).bool()
+        if len(pixels) != len(values):
+            raise ModelError(f"{len(pixels)} image series, but auxiliary data of {len(values)}")
+        return pixels, present, values, known
 
     def _encode_normalized(
         self, images: Tensor, present: Tensor, auxiliary: Tensor, normalize: bool
@@ -409,6 +479,20 @@ class GeoTreeCLIP(nn.Module):
                 f"{self.in_chans} bands; got {tuple(images.shape)}"
             )
         return images.to(self.logit_scale.device, torch.float32)
+
+
+def _image_extremes(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each band; missing months count as 0, as published."""
+    images = images.masked_fill(~mask, 0.0)
+    return images.amin(dim=(0, 1, 3, 4)), images.amax(dim=(0, 1, 3, 4))
+
+
+def _auxiliary_extremes(values: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest known value of each variable; 0 where none is known."""
+    low = values.masked_fill(~known, torch.inf).amin(dim=0)
+    high = values.masked_fill(~known, -torch.inf).amax(dim=0)
+    nowhere = ~known.any(dim=0)
+    return low.masked_fill(nowhere, 0.0), high.masked_fill(nowhere, 0.0)
 
 
 def _plain_variables() -> list[Variable]:
