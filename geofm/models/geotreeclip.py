@@ -234,17 +234,16 @@ class GeoTreeCLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(_PUBLISHED_LOGIT_SCALE)))
         self.tokenizer = SimpleTokenizer()
 
-        images = torch.tensor(list(image_range or [(-1.0, 1.0)] * in_chans))
-        places = torch.tensor([(v.low, v.high) for v in self.variables])
+        places = [(v.low, v.high) for v in self.variables]
         for name, ranges, count in (
-            ("image", images, in_chans),
+            ("image", list(image_range or [(-1.0, 1.0)] * in_chans), in_chans),
             ("auxiliary", places, len(places)),
         ):
-            if ranges.shape != (count, 2) or bool((ranges[:, 1] <= ranges[:, 0]).any()):
-                raise ModelError(f"{name} ranges must be {count} pairs, low < high")
-            # Not in the state dict: they are the card's, not the checkpoint's.
-            self.register_buffer(f"{name}_low", ranges[:, 0], persistent=False)
-            self.register_buffer(f"{name}_high", ranges[:, 1], persistent=False)
+            if len(ranges) != count or any(low >= high for low, high in ranges):
+                raise ModelError(f"{name} ranges must be {count} pairs, low < high; got {ranges}")
+            for end, values in zip(("low", "high"), zip(*ranges, strict=True), strict=True):
+                # Not in the state dict: they are the card's, not the checkpoint's.
+                self.register_buffer(f"{name}_{end}", torch.tensor(values), persistent=False)
 
     @classmethod
     def arguments_in(cls, state: dict[str, Tensor]) -> dict[str, Any]:
