@@ -35,6 +35,8 @@ def read_tiles(folder: Path) -> tuple[np.ndarray, torch.Tensor, np.ndarray, list
                 tiles.append(file.read())
             labels.append(label)
             numbers.append(int(path.stem.rsplit("_", 1)[-1]))
+    if not tiles:
+        raise SystemExit(f"no tiles in {folder}: expected {folder}/<class>/<class>_<number>.tif")
     return np.stack(tiles), torch.tensor(labels), np.array(numbers), classes
 
 

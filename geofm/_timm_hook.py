@@ -8,12 +8,17 @@ from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
+from geofm.errors import GeofmError
+
 __all__ = ["install"]
+
+logger = logging.getLogger(__name__)
 
 
 def install() -> None:
@@ -26,7 +31,11 @@ def install() -> None:
 
 
 def _register() -> None:
-    importlib.import_module("geofm.timm_models")
+    try:
+        importlib.import_module("geofm.timm_models")
+    except GeofmError as error:
+        # A malformed card is no reason for `import timm` to fail; geofm's own calls will say it.
+        logger.error("geofm's models are not registered with timm: %s", error)
 
 
 class _TimmFinder(importlib.abc.MetaPathFinder):

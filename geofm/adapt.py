@@ -15,7 +15,7 @@ from geofm.registry import Architecture
 from geofm.spectral import Band, Match, Sensor, match_bands, missing_message
 from geofm.spectral import sensor as sensor_of
 
-__all__ = ["adapt_bands"]
+__all__ = ["adapt_bands", "spec_for_bands"]
 
 
 def adapt_bands(
@@ -50,7 +50,7 @@ def adapt_bands(
     """
     if new_bands not in (None, "mean"):
         raise ModelError(f"new_bands must be 'mean' or None, got {new_bands!r}")
-    if not bands:
+    if len(bands) == 0:
         raise BandError("bands is empty; name at least one")
     matches = match_bands(
         bands,
@@ -77,6 +77,31 @@ def adapt_bands(
         model.in_chans = len(matches)  # type: ignore[assignment]
         config: Any = model.pretrained_cfg
         config["input_size"] = (len(matches), *config["input_size"][1:])
+    return _adapted_spec(spec, matches, sensor)
+
+
+def spec_for_bands(
+    spec: InputSpec, bands: Sequence[str | Band], sensor: str | Sensor | None = None
+) -> InputSpec:
+    """A specification like `spec`, for other bands.
+
+    Args:
+        spec: Where statistics are taken from.
+        bands: The bands, in channel order.
+        sensor: Sensor whose names they are; None for that of `spec`.
+
+    Returns:
+        The same normalization, with NaN for statistics of bands that `spec` does not have.
+
+    Raises:
+        BandError: A band is repeated.
+    """
+    matches = match_bands(
+        bands,
+        spec.bands,
+        wanted_sensor=sensor or spec.sensor,
+        available_sensor=spec.sensor,
+    )
     return _adapted_spec(spec, matches, sensor)
 
 

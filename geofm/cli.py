@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,9 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _say_what_happens(options.verbose)
     try:
         status: int = options.run(options)
+        sys.stdout.flush()
     except GeofmError as error:
         print(f"geofm: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; without this Python complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     return status
 
 
@@ -101,8 +107,9 @@ def _add_embed(commands: Any) -> None:
     embed.add_argument("input", type=Path)
     embed.add_argument("-o", "--output", type=Path, required=True, help="GeoTIFF to write")
     embed.add_argument("--model", default="mpmae_atto", help="model or model.tag (%(default)s)")
-    embed.add_argument("--weights", help="tag or path, instead of the default checkpoint")
-    embed.add_argument(
+    weights = embed.add_mutually_exclusive_group()
+    weights.add_argument("--weights", help="tag or path, instead of the default checkpoint")
+    weights.add_argument(
         "--no-pretrained", action="store_true", help="random weights; the output says so"
     )
     embed.add_argument("--bands", help="names in order, B1,B2,...; default: the file's own")
@@ -130,6 +137,7 @@ def _list(options: argparse.Namespace) -> int:
         print(name)
     if not names:
         print(f"nothing matches {options.filter!r}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -197,13 +205,15 @@ def _sample(options: argparse.Namespace) -> int:
 def _embed(options: argparse.Namespace) -> int:
     import torch
 
+    from geofm import registry
     from geofm.factory import create_model
     from geofm.raster import embed_raster
 
     architecture: dict[str, Any] = {}
-    if options.model.startswith("mpmae"):
+    base, _ = registry.split_name(options.model)
+    if registry.architecture(base).aligned is not None:
         # So that cells tile the image; the weights are the same.
-        architecture["stem_padding"] = "aligned"
+        architecture |= dict(registry.architecture(base).aligned or {})
     if options.no_pretrained:
         torch.manual_seed(0)
     try:
@@ -221,7 +231,7 @@ def _embed(options: argparse.Namespace) -> int:
         model,
         options.input,
         options.output,
-        options.bands.split(",") if options.bands else None,
+        [name.strip() for name in options.bands.split(",")] if options.bands else None,
         units=options.units,
         level=options.level,
         picture=picture,

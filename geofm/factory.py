@@ -12,14 +12,13 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from geofm import registry
-from geofm.adapt import adapt_bands
+from geofm.adapt import adapt_bands, spec_for_bands
 from geofm.cards import InputSpec, WeightCard, published_cards
 from geofm.errors import BandError, CardError, LayoutError, ModelError
 from geofm.loading import FoundWeights, find_weights, load_exactly
 from geofm.preprocess import Preprocess
 from geofm.registry import Architecture
 from geofm.spectral import Band, Sensor
-from geofm.timm_models import timm_config
 
 __all__ = ["create_model", "create_transform", "input_spec_of"]
 
@@ -40,6 +39,7 @@ def create_model(
     sensor: str | Sensor | None = None,
     tolerance: float | None = None,
     new_bands: str | None = None,
+    trained_bands: Sequence[str | Band] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a model, with or without trained weights.
@@ -64,6 +64,9 @@ def create_model(
         tolerance: Let a band take the weights of the checkpoint's nearest band within this many nm.
         new_bands: ``"mean"``: bands the checkpoint does not have start from the mean of its
             first-layer weights. None: such bands are an error.
+        trained_bands: The bands, in order, that a file without a card was trained on: those with
+            which you built the model whose ``state_dict`` you saved. None: those of the published
+            card with the same architecture and number of channels; a warning is logged.
         **kwargs: Arguments of the architecture, for example ``patch_size``, ``stem_padding``.
 
     Returns:
@@ -82,41 +85,35 @@ def create_model(
         BandError: A band is unknown to the checkpoint.
         ModelError: Arguments contradict each other or the checkpoint.
     """
-    base, tag = registry.split_name(name)
-    architecture = registry.architecture(base)
-    if features_only and architecture.kind != "encoder":
-        raise ModelError(f"{base} is no encoder and has no features_only form")
-    if bands is not None and architecture.kind == "dual":
-        raise ModelError(
-            f"{base} takes the bands of its card; bring yours into their order with "
-            f"create_transform(model, bands=[...], fill=...)"
-        )
-    if bands is not None and in_chans is not None and in_chans != len(bands):
-        raise ModelError(f"in_chans={in_chans}, but {len(bands)} bands are named")
-
+    architecture, tag = _named(name)
+    _check_request(
+        architecture,
+        num_classes=num_classes,
+        bands=bands,
+        in_chans=in_chans,
+        features_only=features_only,
+        out_indices=out_indices,
+        only_with_bands={"sensor": sensor, "tolerance": tolerance, "new_bands": new_bands},
+        named=bands if bands is not None else trained_bands,
+    )
     weights = find_weights(architecture, tag, pretrained)
-    arguments = _resolve_arguments(architecture, tag, weights, kwargs)
-    spec = _input_spec(architecture, tag, weights, arguments)
-    trained_chans = int(arguments["in_chans"])
+    inferred = _arguments_in(architecture, weights) if weights else {}
+    card = _describing_card(architecture, tag, weights, inferred)
+    arguments = _resolve_arguments(architecture, weights, card, inferred, kwargs)
+    trained = int(arguments["in_chans"])
+    spec = _trained_spec(architecture, card, weights, trained, trained_bands, sensor)
     if weights is None:
-        arguments["in_chans"] = in_chans or (len(bands) if bands is not None else trained_chans)
-    elif bands is None and in_chans not in (None, trained_chans):
-        raise ModelError(
-            f"{weights.origin} takes {trained_chans} channels"
-            + (f" ({', '.join(spec.bands)})" if spec else "")
-            + f", not {in_chans}; to use others, name them: bands=[...]"
-        )
-    if architecture.kind == "dual":
-        arguments = _ranges_of(_described_by(architecture, tag, weights)) | arguments
-    model = _build(architecture, arguments, num_classes, global_pool, drop_path_rate)
+        arguments["in_chans"] = in_chans or (trained if bands is None else len(bands))
+    else:
+        _check_channels(weights, spec, trained, in_chans, bands)
+    model = _build(architecture, arguments, card, num_classes, global_pool, drop_path_rate)
     if weights is not None:
         load_exactly(model, weights.state, architecture, weights.origin)
-
     if bands is not None:
         if spec is None:
             raise BandError(
-                f"{base}: which bands the checkpoint takes is not known, so it cannot be adapted; "
-                f"give it a weight card"
+                f"{name}: no card tells which bands the file takes, so it cannot be adapted; say "
+                f"which it was trained on: trained_bands=[...]"
             )
         spec = adapt_bands(
             model,
@@ -130,12 +127,9 @@ def create_model(
         )
     elif spec is not None and arguments["in_chans"] != len(spec.bands):
         spec = None
-    card = weights.card if weights is not None else None
     if features_only:
         model = _feature_pyramid(model, out_indices)
-    elif out_indices is not None:
-        raise ModelError("out_indices chooses feature maps; it needs features_only=True")
-    model.card = card  # type: ignore[assignment]
+    model.card = weights.card if weights else None  # type: ignore[assignment]
     model.weights_origin = weights.origin if weights else None  # type: ignore[assignment]
     model.input_spec = spec  # type: ignore[assignment]
     return model
@@ -184,9 +178,7 @@ def input_spec_of(model: nn.Module | WeightCard | InputSpec | str) -> InputSpec:
     if isinstance(model, WeightCard):
         return model.input
     if isinstance(model, str):
-        base, tag = registry.split_name(model)
-        architecture = registry.architecture(base)
-        return _card_or_default(architecture, tag).input
+        return _card_or_default(*_named(model)).input
     spec = getattr(model, "input_spec", None)
     if spec is None:
         raise ModelError(
@@ -201,6 +193,44 @@ def input_spec_of(model: nn.Module | WeightCard | InputSpec | str) -> InputSpec:
 # --- building ----------------------------------------------------------------------------------
 
 
+def _named(name: str) -> tuple[Architecture, str | None]:
+    base, tag = registry.split_name(name) if isinstance(name, str) else (name, None)
+    return registry.architecture(base), tag
+
+
+def _check_request(
+    architecture: Architecture,
+    *,
+    num_classes: int,
+    bands: Sequence[Any] | None,
+    in_chans: int | None,
+    features_only: bool,
+    out_indices: Any,
+    only_with_bands: Mapping[str, Any],
+    named: Sequence[Any] | None,
+) -> None:
+    """Refuse arguments that contradict each other, before anything is fetched."""
+    name = architecture.name
+    if not isinstance(num_classes, int) or num_classes < 0:
+        raise ModelError(f"num_classes must be 0 or more, got {num_classes!r}")
+    if features_only and architecture.kind != "encoder":
+        raise ModelError(f"{name} is no encoder and has no features_only form")
+    if out_indices is not None and not features_only:
+        raise ModelError("out_indices chooses feature maps; it needs features_only=True")
+    if bands is not None and architecture.kind == "dual":
+        raise ModelError(
+            f"{name} takes the bands of its card; bring yours into their order with "
+            f"create_transform(model, bands=[...], fill=...)"
+        )
+    if in_chans is not None and in_chans < 1:
+        raise ModelError(f"in_chans must be 1 or more, got {in_chans}")
+    if bands is not None and in_chans is not None and in_chans != len(bands):
+        raise ModelError(f"in_chans={in_chans}, but {len(bands)} bands are named")
+    idle = [key for key, value in only_with_bands.items() if value is not None]
+    if idle and named is None:
+        raise ModelError(f"{', '.join(idle)} says how to read bands=[...], which is not given")
+
+
 def _card_or_default(architecture: Architecture, tag: str | None) -> WeightCard:
     if tag is not None:
         return registry.card_of(architecture, tag)
@@ -208,44 +238,106 @@ def _card_or_default(architecture: Architecture, tag: str | None) -> WeightCard:
     return default if default is not None else published_cards()[architecture.input_card]
 
 
-def _described_by(
-    architecture: Architecture, tag: str | None, weights: FoundWeights | None
-) -> WeightCard:
-    if weights is not None and weights.card is not None:
-        return weights.card
-    return _card_or_default(architecture, tag)
-
-
-def _ranges_of(card: WeightCard) -> dict[str, Any]:
-    """What a model that normalizes by itself needs to know of its card."""
-    pairs = list(zip(card.input.low, card.input.high, strict=True))
-    return {"image_range": pairs, "variables": card.auxiliary}
+def _describing_card(
+    architecture: Architecture,
+    tag: str | None,
+    weights: FoundWeights | None,
+    inferred: Mapping[str, Any],
+) -> WeightCard | None:
+    """The card that tells what the model takes: its own, or for a bare file one that fits it."""
+    if weights is None:
+        return _card_or_default(architecture, tag)
+    card = weights.card
+    if card is None and tag is not None:
+        card = registry.card_of(architecture, tag)
+    if card is None:
+        return _card_that_fits(architecture, inferred)
+    for key, value in card.arguments.items():
+        if key in inferred and inferred[key] != value:
+            raise CardError(
+                f"card {card.name}: arguments.{key} is {value}, but {weights.origin} has "
+                f"{inferred[key]}"
+            )
+    return card
 
 
 def _resolve_arguments(
     architecture: Architecture,
-    tag: str | None,
     weights: FoundWeights | None,
+    card: WeightCard | None,
+    inferred: Mapping[str, Any],
     given: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Arguments of the constructor: the architecture's, the checkpoint's, the caller's."""
-    arguments = dict(architecture.arguments)
-    card = weights.card if weights else None
-    if weights is None or card is not None:
-        arguments |= dict((card or _card_or_default(architecture, tag)).arguments)
-    if weights is not None:
-        inferred = _arguments_in(architecture, weights)
-        for key, value in inferred.items():
-            asked = given.get(key, architecture.arguments.get(key, value))
-            if asked != value:
-                raise ModelError(
-                    _contradiction(architecture, weights.origin, key, value, asked, inferred)
-                )
-        if "patch_size" in inferred and card is None:
-            # The published sizes: 56 px with patches of 8, 112 px with patches of 16.
-            arguments["img_size"] = 7 * inferred["patch_size"]
-        arguments |= inferred
-    return arguments | dict(given)
+    for key, value in inferred.items():
+        asked = given.get(key, architecture.arguments.get(key, value))
+        if asked != value:
+            assert weights is not None
+            raise ModelError(
+                _contradiction(architecture, weights.origin, key, value, asked, inferred)
+            )
+    of_card = dict(card.arguments) if card else {}
+    return {**architecture.arguments, **of_card, **inferred, **given}
+
+
+def _trained_spec(
+    architecture: Architecture,
+    card: WeightCard | None,
+    weights: FoundWeights | None,
+    channels: int,
+    trained_bands: Sequence[str | Band] | None,
+    sensor: str | Sensor | None,
+) -> InputSpec | None:
+    """What the checkpoint was trained on."""
+    if trained_bands is not None:
+        if weights is None or weights.card is not None:
+            raise ModelError(
+                "trained_bands is for a file without a card; here the bands are known: "
+                + (" ".join(card.input.bands) if card else "")
+            )
+        if len(trained_bands) != channels:
+            raise ModelError(
+                f"{weights.origin} takes {channels} channels, but {len(trained_bands)} "
+                f"trained_bands are named"
+            )
+        like = card or published_cards()[architecture.input_card]
+        return spec_for_bands(like.input, trained_bands, sensor)
+    if card is None:
+        assert weights is not None
+        logger.warning(
+            "%s: no card tells what its %d channels are; say trained_bands=[...]",
+            weights.origin,
+            channels,
+        )
+        return None
+    if weights is not None and weights.card is None:
+        # The authors' layouts imply the authors' bands; a plain state dict may be anybody's.
+        level = logging.WARNING if weights.layout == "native" else logging.INFO
+        logger.log(
+            level,
+            "%s: bands and statistics are taken from card %s%s",
+            weights.origin,
+            card.name,
+            "; if it was trained on others, say trained_bands=[...]"
+            if level == logging.WARNING
+            else "",
+        )
+    return card.input
+
+
+def _check_channels(
+    weights: FoundWeights,
+    spec: InputSpec | None,
+    trained: int,
+    in_chans: int | None,
+    bands: Sequence[str | Band] | None,
+) -> None:
+    if bands is None and in_chans not in (None, trained):
+        raise ModelError(
+            f"{weights.origin} takes {trained} channels"
+            + (f" ({', '.join(spec.bands)})" if spec else "")
+            + f", not {in_chans}; to use others, name them: bands=[...]"
+        )
 
 
 def _arguments_in(architecture: Architecture, weights: FoundWeights) -> dict[str, Any]:
@@ -283,32 +375,6 @@ def _show(value: Any) -> str:
     return getattr(value, "__name__", str(value))
 
 
-def _input_spec(
-    architecture: Architecture,
-    tag: str | None,
-    weights: FoundWeights | None,
-    arguments: Mapping[str, Any],
-) -> InputSpec | None:
-    if weights is not None and weights.card is not None:
-        return weights.card.input
-    if weights is None:
-        return _card_or_default(architecture, tag).input
-    if tag is not None:
-        chosen: WeightCard | None = registry.card_of(architecture, tag)
-    else:
-        chosen = _card_that_fits(architecture, arguments)
-    if chosen is None:
-        logger.warning("%s: no card tells what its channels are", weights.origin)
-        return None
-    if chosen.arguments["in_chans"] != arguments["in_chans"]:
-        raise CardError(
-            f"{weights.origin} takes {arguments['in_chans']} channels, but {chosen.name} lists "
-            f"{chosen.arguments['in_chans']} bands"
-        )
-    logger.info("%s: bands and statistics are taken from card %s", weights.origin, chosen.name)
-    return chosen.input
-
-
 def _card_that_fits(architecture: Architecture, arguments: Mapping[str, Any]) -> WeightCard | None:
     """The card of the architecture, else of its family, whose arguments are those of a file."""
     family = architecture.name.split("_")[0]
@@ -326,30 +392,45 @@ def _card_that_fits(architecture: Architecture, arguments: Mapping[str, Any]) ->
 
 
 def _build(
-    architecture: Architecture, arguments: dict[str, Any], classes: int, pool: str, drop_path: float
+    architecture: Architecture,
+    arguments: dict[str, Any],
+    card: WeightCard | None,
+    classes: int,
+    pool: str,
+    drop_path: float,
 ) -> nn.Module:
     name = architecture.name
+    if not 0 <= drop_path < 1:
+        raise ModelError(f"drop_path_rate must be from 0 to below 1, got {drop_path}")
     if architecture.kind == "dual":
         if classes or pool != "avg" or drop_path:
             raise ModelError(
                 f"{name} has no classes, pooling or drop path to choose: it compares observations "
                 f"with names, see geofm.zero_shot"
             )
+        if card is not None:
+            # It normalizes by itself, so it has to know the ranges.
+            pairs = list(zip(card.input.low, card.input.high, strict=True))
+            arguments = {"image_range": pairs, "variables": card.auxiliary} | arguments
         model = architecture.build(**arguments)
         model.pretrained_cfg = {"architecture": name}  # type: ignore[assignment]
         return model
     arguments = arguments | {"num_classes": classes, "drop_path_rate": drop_path}
     if architecture.kind == "encoder":
         arguments["global_pool"] = pool
-    elif pool != "avg":
+        if pool not in ("", "avg", "max", "avgmax", *(["token"] if "vit" in name else [])):
+            raise ModelError(f"global_pool must be 'avg', 'max', 'avgmax' or '', got {pool!r}")
+    elif pool not in ("avg", ""):
         raise ModelError(f"{name} labels pixels and cannot pool them")
+    elif arguments.pop("stem_padding", "aligned") != "aligned":
+        raise ModelError(f"{name} has the aligned padding only, as published")
     if name.startswith("ssl4eco_resnet") and "img_size" in arguments:
         raise TypeError("a ResNet has no img_size: it takes tiles of any size")
     built: nn.Module = build_model_with_cfg(
         architecture.build,
         name,
         pretrained=False,
-        pretrained_cfg={"architecture": name, **timm_config(architecture, arguments)},
+        pretrained_cfg={"architecture": name, **registry.timm_config(architecture, arguments)},
         kwargs_filter=None if architecture.kind == "encoder" else ("global_pool",),
         **arguments,
     )
@@ -361,6 +442,8 @@ def _feature_pyramid(model: nn.Module, out_indices: Sequence[int] | int | None) 
     if out_indices is None:
         out_indices = tuple(range(levels))
     chosen = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    if not chosen:
+        raise ModelError("out_indices is empty; name at least one level")
     if isinstance(out_indices, int):
         # timm: a number asks for the last n levels.
         if not 0 < out_indices <= levels:

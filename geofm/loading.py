@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from geofm import hub, registry
 from geofm.cards import WeightCard, published_cards, read_card
-from geofm.errors import DownloadError, LayoutError, WeightsNotFoundError
+from geofm.errors import CardError, DownloadError, LayoutError, ModelError, WeightsNotFoundError
 from geofm.registry import Architecture
 
 __all__ = ["FoundWeights", "find_weights", "load_exactly"]
@@ -31,11 +31,13 @@ class FoundWeights:
         state: Names and tensors, under geofm's names.
         card: The card that describes them; None for a file without one.
         origin: What to call them in messages: the card's name, or the file's path.
+        layout: Name of the layout the file is in.
     """
 
     state: State
     card: WeightCard | None
     origin: str
+    layout: str
 
 
 def find_weights(
@@ -67,12 +69,16 @@ def find_weights(
         if tag is not None:
             return _from_card(registry.card_of(architecture, tag))
         return _best_available(architecture)
+    if not isinstance(pretrained, str | os.PathLike) or not os.fspath(pretrained):
+        raise ModelError(f"pretrained is True, False, a tag or a path; got {pretrained!r}")
     text = os.fspath(pretrained)
+    if isinstance(pretrained, str):
+        text = text.removeprefix(f"{architecture.name}.")
     if isinstance(pretrained, str) and text in registry.cards_of(architecture):
         return _from_card(registry.card_of(architecture, text))
     path = Path(text).expanduser()
     if path.exists():
-        return _from_path(path)
+        return _from_path(architecture, path)
     if isinstance(pretrained, str) and path.name == text and not path.suffix:
         registry.card_of(architecture, text)
     raise WeightsNotFoundError(
@@ -86,7 +92,7 @@ def find_weights(
 
 
 def _from_card(card: WeightCard) -> FoundWeights:
-    return FoundWeights(hub.load_card_weights(card), card, card.name)
+    return FoundWeights(hub.load_card_weights(card), card, card.name, card.layout)
 
 
 def _best_available(architecture: Architecture) -> FoundWeights:
@@ -110,7 +116,14 @@ def _best_available(architecture: Architecture) -> FoundWeights:
         return _from_card(bundled[0])
 
 
-def _from_path(path: Path) -> FoundWeights:
+def _from_own_card(architecture: Architecture, path: Path) -> FoundWeights:
+    card = read_card(path)
+    if card.model != architecture.weights_of:
+        raise CardError(f"card {path}: name: is of {card.model}, not of {architecture.weights_of}")
+    return _from_card(card)
+
+
+def _from_path(architecture: Architecture, path: Path) -> FoundWeights:
     if path.is_dir():
         cards = sorted(path.glob("*.toml"))
         if len(cards) != 1:
@@ -118,9 +131,9 @@ def _from_path(path: Path) -> FoundWeights:
                 f"{path} holds {len(cards)} weight cards (*.toml); a folder of weights has one, or "
                 f"name the file itself"
             )
-        return _from_card(read_card(cards[0]))
+        return _from_own_card(architecture, cards[0])
     if path.suffix == ".toml":
-        return _from_card(read_card(path))
+        return _from_own_card(architecture, path)
     state, layout = hub.load_file_weights(path)
     card = None
     if layout == "native":
@@ -128,7 +141,7 @@ def _from_path(path: Path) -> FoundWeights:
         digest = hub.sha256_of(path)
         hashes = {c.source.sha256: c for c in published_cards().values() if c.source.sha256}
         card = next((c for known, c in hashes.items() if digest.startswith(str(known))), None)
-    return FoundWeights(state, card, str(path))
+    return FoundWeights(state, card, str(path), layout)
 
 
 def load_exactly(
@@ -149,6 +162,13 @@ def load_exactly(
         LayoutError: A name is missing or unknown, or a shape differs.
     """
     own = model.state_dict()
+    if any(tensor.is_meta for tensor in own.values()):
+        raise ModelError(
+            f"{origin} cannot be loaded into a model on the meta device; build it on the CPU"
+        )
+    spoilt = [n for n, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if spoilt:
+        raise LayoutError(f"{origin} has NaN or infinite weights: {', '.join(spoilt[:4])}")
     state = _without_foreign_head(dict(state), own, architecture.classifier, origin)
     hooks_drop = ("norm.weight", "norm.bias") if architecture.kind == "segmenter" else ()
     missing = [name for name in own if name not in state]
@@ -166,7 +186,8 @@ def load_exactly(
     if lost:
         problems.append(f"{len(lost)} missing: {', '.join(lost[:4])}")
     if unknown:
-        problems.append(f"{len(unknown)} unknown: {', '.join(unknown[:4])}")
+        hint = " (a U-Net's: use mpmae_unet_*)" if unknown[0].startswith("upsample_") else ""
+        problems.append(f"{len(unknown)} unknown: {', '.join(unknown[:4])}{hint}")
     problems += [
         f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
         for name in shapes[:4]

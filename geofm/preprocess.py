@@ -46,10 +46,14 @@ _NO_BASELINE = "9999"
 # Limits by which data in other units are recognised. Reflectance above 1 is real (snow, glint,
 # cloud tops reach 2.8 in the MMEarth statistics); above 10 it is not.
 _MAX_REFLECTANCE = 10.0
-_MAX_DN = 65_535.0
+# 65535 itself marks saturated or missing pixels.
+_MAX_DN = 65_534.0
 _MIN_DN = -2_000.0
-# No real scene stays below reflectance 0.0003 everywhere in all bands; reflectance itself does.
-_MAX_LOOKS_LIKE_REFLECTANCE = 3.0
+# No real scene stays below reflectance 0.0003 nearly everywhere in all bands; reflectance does.
+_LOOKS_LIKE_REFLECTANCE = 3.0
+_MOST = 0.98
+# An index in the scale of DN; a little more than 1 is rounding.
+_MAX_INDEX_DN = 10_500.0
 
 
 def offset_of_baseline(baseline: str) -> float:
@@ -244,7 +248,9 @@ class Preprocess(nn.Module):
             lows = values.masked_fill(missing, torch.inf).amin(every).tolist()
             highs = values.masked_fill(missing, -torch.inf).amax(every).tolist()
             wholes = ((values == values.round()) | missing).flatten(1).all(1).tolist()
-            for number, seen in enumerate(zip(lows, highs, wholes, strict=True)):
+            tiny = ((values.abs() < _LOOKS_LIKE_REFLECTANCE) & ~missing).flatten(1).sum(1)
+            smalls = (tiny / (~missing).flatten(1).sum(1)).tolist()
+            for number, seen in enumerate(zip(lows, highs, wholes, smalls, strict=True)):
                 if seen[0] > seen[1]:
                     continue
                 judge = _index_refusal if kinds == ("index",) else _refusal
@@ -312,6 +318,7 @@ class Preprocess(nn.Module):
         """One line for ``print``."""
         return (
             f"units={self.units}, level={self.level}, offset={self.offset:g}, "
+            f"nodata={[*self.nodata]}, "
             f"bands=[{', '.join(source.shown for source in self.sources)}], fit={self.fit}"
             + (f", size={self.size}" if self.fit != "any" else "")
         )
@@ -368,7 +375,15 @@ class _Planner:
                 "copy>'}; or create the model for the bands you have (bands=[...])."
             )
         if not any(source.channels for source in sources):
-            raise BandError("none of the model's bands is in the input; nothing to compute from")
+            raise BandError(
+                missing_message(
+                    [Match(band, None, None, "missing") for band in self.spec.bands],
+                    self.bands,
+                    "the model",
+                    read_as=self.sensor,
+                )
+                + " With none of them there is nothing to compute from."
+            )
         return tuple(sources)
 
     def _match(self, wanted: Sequence[str]) -> tuple[Match, ...]:
@@ -383,6 +398,8 @@ class _Planner:
     def _check_fill(self, fill: str | Mapping[str, str] | None) -> str | Mapping[str, str] | None:
         if fill is None or isinstance(fill, str):
             return fill
+        if not isinstance(fill, Mapping):
+            raise PixelError(f"fill is 'mean', 'zero', a band or a mapping of these, got {fill!r}")
         parents = [name for rule in self.spec.derived.values() for name in rule.bands]
         known = {*self.spec.bands, *parents}
         rules = {}
@@ -452,11 +469,20 @@ class _Planner:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the valid pixels of one sample are like."""
+    """What the valid pixels of one sample are like.
+
+    Attributes:
+        low: Lowest value.
+        high: Highest value.
+        whole: Whether all are whole numbers.
+        small: Share of values that would be reflectance rather than DN.
+        stored: The type they came in.
+    """
 
     low: float
     high: float
     whole: bool
+    small: float
     stored: str
 
     @property
@@ -489,7 +515,7 @@ def _refusal(units: str, seen: _Seen) -> str | None:
             return nodata.format(_number(seen.low))
         if seen.high > _MAX_DN:
             return nodata.format(_number(seen.high))
-        if seen.high < _MAX_LOOKS_LIKE_REFLECTANCE and not seen.whole:
+        if seen.small > _MOST and not seen.whole:
             return like_reflectance
     elif units == "reflectance":
         if seen.integer:
@@ -514,7 +540,9 @@ def _index_refusal(units: str, seen: _Seen) -> str | None:
     help_ = "scale it, or leave it out: it is computed from its bands"
     if units == "dn" and seen.low >= -1 and seen.high <= 1 and not seen.whole:
         return f"{problem} (× 10000); {help_}"
-    if units == "reflectance" and seen.high > 100:
+    if units == "dn" and max(-seen.low, seen.high) > _MAX_INDEX_DN:
+        return f"{problem} (-10000 to 10000); {help_}"
+    if units == "reflectance" and max(-seen.low, seen.high) > _MAX_INDEX_DN / 10_000:
         return f"{problem} (-1 to 1); {help_}"
     if units == "uint8" and (seen.low < 0 or seen.high > 255 or not (seen.whole or seen.high > 1)):
         return f"{problem} (0 to 255); {help_}"
@@ -558,8 +586,8 @@ def _check_size(spec: InputSpec, fit: str | None, size: int | None) -> tuple[str
             f"size={size} has no effect with fit='any', which keeps every tile as it is; "
             f"add fit='crop_or_resize'"
         )
-    if size < 1:
-        raise PixelError(f"size must be a number of pixels, got {size}")
+    if not isinstance(size, int) or size < 1:
+        raise PixelError(f"size must be a number of pixels, got {size!r}")
     return rule, int(size)
 
 
@@ -598,6 +626,8 @@ def _to_dn(
         return DN_PER_REFLECTANCE * white / 255.0, 0.0
     if baseline is not None:
         return 1.0, offset_of_baseline(baseline)
+    if offset is not None and not isinstance(offset, int | float):
+        raise PixelError(f"offset is a number, for example -1000; got {offset!r}")
     if offset and not -math.inf < offset <= -1:
         raise PixelError(
             f"offset is added to DN to take away what the product added: -1000 from baseline "
@@ -613,6 +643,9 @@ def _complete_statistics(
     given: Mapping[str, tuple[float, float]] | None,
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     given = dict(given or {})
+    for name, pair in given.items():
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise BandError(f"statistics of {name} must be (mean, std), got {pair!r}")
     known = {name: pair for name, *pair in zip(bands, shift, scale, strict=True)}
     unknown = [name for name in bands if np.isnan(known[name]).any() and name not in given]
     if unknown:

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# The finest MP-MAE stage keeps about 2 KB a pixel while it runs: 8 GB at this size.
-_MAX_PIXELS = 2048 * 2048
+# What one pass may take; MP-MAE atto needs 2 KB a pixel.
+_MAX_BYTES = 10e9
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,19 +51,18 @@ class RasterImage:
     """A raster with named bands.
 
     Attributes:
-        pixels: Stored values, (bands, H, W).
+        pixels: Stored values, (bands, H, W); masked where the file says "no data" (its no-data
+            values, mask or alpha band).
         bands: Names, in that order.
         transform: Affine coefficients a, b, c, d, e, f: x = a·column + b·row + c,
             y = d·column + e·row + f.
         crs: Coordinate reference system as WKT; None where the file has none.
-        nodata: The file's own no-data value, None where it declares none.
     """
 
-    pixels: NDArray[Any]
+    pixels: np.ma.MaskedArray[Any, Any]
     bands: tuple[str, ...]
     transform: tuple[float, float, float, float, float, float]
     crs: str | None
-    nodata: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ def embed_raster(
         level: As in `create_transform`.
         picture: PNG to write: true colour beside the first three principal components.
         nodata: Stored values that mean "no data", besides the file's own; None for the card's.
-        **options: More options of `create_transform`.
+        **options: More options of `create_transform`, but for its size rule.
 
     Returns:
         The grid of embeddings.
@@ -122,21 +122,19 @@ def embed_raster(
         ModelError: The model has no feature map, or its bands are not known.
         MissingExtraError: rasterio is not installed.
     """
+    _check_targets(source, output, picture)
+    if "fit" in options or "size" in options:
+        raise RasterError("a map has the size of its image; fit= and size= are for tiles")
     image = read_image(source, bands)
     spec = input_spec_of(model)
-    if image.pixels.shape[-2] * image.pixels.shape[-1] > _MAX_PIXELS:
-        raise RasterError(
-            f"{source} has {image.pixels.shape[-2]} x {image.pixels.shape[-1]} pixels; one pass "
-            f"takes at most {_MAX_PIXELS:,}. Cut it into parts (gdal_translate -srcwin)"
-        )
-    missing_values = _nodata_values(nodata, image.nodata, spec.nodata if units != "uint8" else ())
     prepare = create_transform(
-        model, image.bands, units, level, nodata=missing_values, fit="any", **options
+        model, image.bands, units, level, nodata=nodata, fit="any", **options
     )
+    _check_memory(model, image)
     prepared = prepare(image.pixels)
     values, stride, offset = embedding_map(model, prepared[None])
     grid = values[0].numpy()
-    empty = _empty_cells(image.pixels, missing_values, stride, offset, grid.shape[-2:])
+    empty = _empty_cells(image.pixels, prepare.nodata, stride, offset, grid.shape[-2:])
     grid[:, empty] = np.nan
     embedding = Embedding(
         values=grid,
@@ -150,7 +148,9 @@ def embed_raster(
         write_embedding(output, embedding)
     if picture is not None:
         with _written(picture) as temporary:
-            quicklook(image, embedding, spec.sensor).save(temporary, format="PNG")
+            quicklook(image, embedding, options.get("sensor") or spec.sensor).save(
+                temporary, format="PNG"
+            )
     return embedding
 
 
@@ -172,11 +172,11 @@ def read_image(source: str | os.PathLike[str], bands: Sequence[str] | None = Non
     rasterio = _rasterio()
     try:
         with rasterio.open(source) as file:
-            pixels = file.read()
+            pixels = file.read(masked=True)
+            scaled = (*zip(file.scales, file.offsets, strict=True),)
             described = file.descriptions
             transform = tuple(file.transform)[:6]
             crs = file.crs.to_wkt() if file.crs else None
-            nodata = file.nodata
     except rasterio.errors.RasterioError as error:
         raise RasterError(f"{source} cannot be read as a raster: {error}") from error
     if bands is None:
@@ -190,7 +190,13 @@ def read_image(source: str | os.PathLike[str], bands: Sequence[str] | None = Non
         raise BandError(f"{source} has {pixels.shape[0]} bands, {len(bands)} are named: {bands}")
     if pixels.dtype.kind not in "iuf":
         raise RasterError(f"{source} has {pixels.dtype} pixels; integers or floats are needed")
-    return RasterImage(pixels, tuple(bands), transform, crs, nodata)
+    if any(pair != (1.0, 0.0) for pair in scaled):
+        warnings.warn(
+            f"{source} declares scales and offsets {sorted(set(scaled))}, which are not applied: "
+            f"its stored values are taken as they are. Say what they mean with units= and offset=",
+            stacklevel=3,
+        )
+    return RasterImage(pixels, tuple(bands), transform, crs)
 
 
 @torch.inference_mode()
@@ -221,6 +227,8 @@ def embedding_map(model: nn.Module, prepared: Tensor) -> tuple[Tensor, int, floa
         )
     stride = int(model.feature_info[-1]["reduction"])  # type: ignore[index]
     height, width = prepared.shape[-2:]
+    if min(height, width) + (-min(height, width) % stride) < stride + 2 * abs(offset):
+        raise ModelError(f"{height} x {width} pixels are less than one cell of {stride}")
     right, below = -width % stride, -height % stride
     if right or below:
         prepared = F.pad(prepared, (0, right, 0, below), mode="replicate")
@@ -399,27 +407,53 @@ def _written(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _nodata_values(
-    given: float | Sequence[float] | None, of_file: float | None, of_card: Sequence[float]
-) -> list[float]:
-    if given is None:
-        values = list(of_card)
-    else:
-        values = [float(given)] if isinstance(given, int | float) else [float(v) for v in given]
-    if of_file is not None and np.isfinite(of_file) and of_file not in values:
-        values.append(float(of_file))
-    return values
+def _check_targets(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None,
+    picture: str | os.PathLike[str] | None,
+) -> None:
+    """Refuse to overwrite the input or one output with the other, before anything is computed."""
+    taken = {Path(source).resolve(): "the input"}
+    for target, what in ((output, "the output"), (picture, "the picture")):
+        if target is None:
+            continue
+        path = Path(target).resolve()
+        if path in taken:
+            raise RasterError(f"{what} would overwrite {taken[path]}: {target}")
+        if path.is_dir():
+            raise RasterError(f"{what} is a folder: {target}; name a file in it")
+        if not path.parent.is_dir():
+            raise RasterError(f"cannot write {target}: there is no folder {path.parent}")
+        taken[path] = what
+
+
+def _check_memory(model: nn.Module, image: RasterImage) -> None:
+    info: Any = getattr(model, "feature_info", None)
+    if not info:
+        return
+    height, width = image.pixels.shape[-2:]
+    # The widest activation is four times the first level's channels, float32, three at a time.
+    needed = height * width / info[0]["reduction"] ** 2 * info[0]["num_chs"] * 4 * 4 * 3
+    if needed > _MAX_BYTES:
+        raise RasterError(
+            f"{height} x {width} pixels need about {needed / 1e9:.0f} GB in one pass, and at most "
+            f"{_MAX_BYTES / 1e9:.0f} GB are taken. Cut the image up (gdal_translate -srcwin)"
+        )
 
 
 def _empty_cells(
-    pixels: NDArray[Any], nodata: Sequence[float], stride: int, offset: float, shape: Sequence[int]
+    pixels: np.ma.MaskedArray[Any, Any],
+    nodata: Sequence[float],
+    stride: int,
+    offset: float,
+    shape: Sequence[int],
 ) -> NDArray[np.bool_]:
     """Cells without a single pixel of data, (rows, columns)."""
-    missing = np.zeros(pixels.shape, dtype=bool)
+    missing = np.ma.getmaskarray(pixels).copy()
     for value in nodata:
-        missing |= pixels == value
+        missing |= pixels.data == value
     if pixels.dtype.kind == "f":
-        missing |= ~np.isfinite(pixels)
+        missing |= ~np.isfinite(pixels.data)
     has_data = ~missing.all(axis=0)
     cells = np.zeros(tuple(shape), dtype=bool)
     rows, columns = np.nonzero(has_data)
@@ -462,9 +496,14 @@ def _true_colour(image: RasterImage, sensor: str) -> tuple[str, NDArray[np.uint8
     )
     indices = [match.index for match in found if match.index is not None]
     if len(indices) == 3:
-        return "true colour", _stretch(image.pixels[indices].astype(np.float32))
-    grey = image.pixels[:1].astype(np.float32)
+        return "true colour", _stretch(_filled(image.pixels[indices]))
+    grey = _filled(image.pixels[:1])
     return f"band {image.bands[0]}", _stretch(np.repeat(grey, 3, axis=0))
+
+
+def _filled(pixels: np.ma.MaskedArray[Any, Any]) -> NDArray[np.float32]:
+    filled: NDArray[np.float32] = np.ma.filled(pixels.astype(np.float32), np.nan)
+    return filled
 
 
 def _stretch(layers: NDArray[np.float32]) -> NDArray[np.uint8]:

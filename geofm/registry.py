@@ -28,6 +28,7 @@ __all__ = [
     "list_pretrained",
     "model_card",
     "split_name",
+    "timm_config",
 ]
 
 
@@ -45,6 +46,8 @@ class Architecture:
         classifier: Name of the linear head.
         kind: ``"encoder"`` (images to features or classes; registered in timm), ``"segmenter"``
             (a label for every pixel) or ``"dual"`` (observations and text in one space).
+        aligned: Arguments with which the cells of its maps tile the image, where they do not
+            already.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Architecture:
     first_conv: str
     classifier: str
     kind: str = "encoder"
+    aligned: Mapping[str, Any] | None = None
 
 
 @cache
@@ -72,7 +76,14 @@ def architectures() -> Mapping[str, Architecture]:
         encoder = f"mpmae_{size}"
         rows.append(
             Architecture(
-                encoder, mpmae.MPMAE, arguments, encoder, mmearth_card, "initial_conv.0", "head"
+                encoder,
+                mpmae.MPMAE,
+                arguments,
+                encoder,
+                mmearth_card,
+                "initial_conv.0",
+                "head",
+                aligned={"stem_padding": "aligned"},
             )
         )
         rows.append(
@@ -112,6 +123,39 @@ def architectures() -> Mapping[str, Architecture]:
     return MappingProxyType({row.name: row for row in rows})
 
 
+def timm_config(architecture: Architecture, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm records about a model: sizes and the names of its first and last layers.
+
+    Args:
+        architecture: The model's architecture.
+        arguments: Arguments of its constructor.
+
+    Returns:
+        Fields of timm's ``PretrainedCfg``.
+    """
+    from geofm.models.mpmae import grid_size
+
+    channels = int(arguments["in_chans"])
+    if architecture.name.startswith("mpmae"):
+        # Tiles of the published models have seven patches to a side.
+        size = int(arguments.get("img_size", 7 * arguments["patch_size"]))
+        padding = arguments.get("stem_padding", "classification")
+        grid = grid_size(size, int(arguments["patch_size"]), padding)
+    else:
+        size = int(arguments.get("img_size", 224))
+        grid = size // (16 if architecture.name.startswith("ssl4eco_vit") else 32)
+    return {
+        "num_classes": int(arguments.get("num_classes", 0)),
+        "input_size": (channels, size, size),
+        "pool_size": (grid, grid),
+        # Normalization is the card's, done by geofm.create_transform.
+        "mean": (0.0,) * channels,
+        "std": (1.0,) * channels,
+        "first_conv": architecture.first_conv,
+        "classifier": architecture.classifier,
+    }
+
+
 def split_name(name: str) -> tuple[str, str | None]:
     """Split ``model.tag``.
 
@@ -146,6 +190,8 @@ def architecture(name: str) -> Architecture:
         UnknownModelError: There is none; the message suggests the nearest.
     """
     known = architectures()
+    if not isinstance(name, str):
+        raise UnknownModelError(f"a model's name is a string, got {name!r}")
     if name not in known:
         raise UnknownModelError(f"there is no model {name!r}{_suggest(name, list(known))}")
     return known[name]
@@ -185,10 +231,7 @@ def card_of(model: Architecture, tag: str) -> WeightCard:
             raise UnknownModelError(
                 f"{model.name} has no published weights, so no tag {tag!r}{elsewhere(model)}"
             )
-        raise UnknownModelError(
-            f"{model.name} has no weights {tag!r}{_suggest(tag, list(cards))}; "
-            f"there are {', '.join(cards)}"
-        )
+        raise UnknownModelError(f"{model.name} has no weights {tag!r}{_suggest(tag, list(cards))}")
     return cards[tag]
 
 
@@ -263,6 +306,5 @@ def elsewhere(model: Architecture) -> str:
 
 def _suggest(word: str, among: list[str]) -> str:
     close = difflib.get_close_matches(word, among, n=3, cutoff=0.5)
-    if close:
-        return f"; did you mean {' or '.join(repr(c) for c in close)}?"
-    return f"; there are {', '.join(among)}"
+    meant = f"; did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    return f"{meant}; there are {', '.join(among)}"

@@ -6,7 +6,7 @@ The U-Nets are not registered: timm's models are encoders.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from timm.models import generate_default_cfgs, register_model
@@ -14,40 +14,10 @@ from torch import nn
 
 from geofm import registry
 from geofm.cards import WeightCard, published_cards
-from geofm.models.mpmae import grid_size
-from geofm.registry import Architecture
+from geofm.errors import ModelError
+from geofm.registry import Architecture, timm_config
 
-__all__ = ["timm_config"]
-
-
-def timm_config(architecture: Architecture, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm records about a model: sizes and the names of its first and last layers.
-
-    Args:
-        architecture: The model's architecture.
-        arguments: Arguments of its constructor.
-
-    Returns:
-        Fields of timm's ``PretrainedCfg``.
-    """
-    channels = int(arguments["in_chans"])
-    if architecture.name.startswith("mpmae"):
-        size = int(arguments["img_size"])
-        padding = arguments.get("stem_padding", "classification")
-        grid = grid_size(size, int(arguments["patch_size"]), padding)
-    else:
-        size = int(arguments.get("img_size", 224))
-        grid = size // (16 if architecture.name.startswith("ssl4eco_vit") else 32)
-    return {
-        "num_classes": int(arguments.get("num_classes", 0)),
-        "input_size": (channels, size, size),
-        "pool_size": (grid, grid),
-        # Normalization is the card's, done by geofm.create_transform.
-        "mean": (0.0,) * channels,
-        "std": (1.0,) * channels,
-        "first_conv": architecture.first_conv,
-        "classifier": architecture.classifier,
-    }
+__all__: list[str] = []
 
 
 def _config_of_card(architecture: Architecture, card: WeightCard) -> dict[str, Any]:
@@ -75,19 +45,29 @@ def _configs(architecture: Architecture) -> dict[str, dict[str, Any]]:
 
 def _entry_point(architecture: Architecture) -> Callable[..., nn.Module]:
     def build(
-        pretrained: bool = False,
+        pretrained: Any = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: Any = None,
         cache_dir: Any = None,
         feature_cls: str | None = None,
         **kwargs: Any,
     ) -> nn.Module:
+        # The factory imports timm, which is what is being imported when this module is.
         from geofm.factory import create_model
 
+        overlay = dict(pretrained_cfg_overlay or {})
+        path = overlay.pop("file", None)
+        if overlay or feature_cls not in (None, "getter"):
+            raise ModelError(
+                f"{architecture.name} takes no {', '.join(overlay) or f'feature_cls={feature_cls}'}"
+                f" through timm; what a checkpoint is stands on its card"
+            )
+        if path and pretrained:
+            pretrained = path
         tag = pretrained_cfg if isinstance(pretrained_cfg, str) and pretrained_cfg else None
-        if kwargs.get("features_only") and architecture.name.startswith("mpmae"):
+        if kwargs.get("features_only"):
             # timm's feature pyramids feed decoders, which need cells that tile the image.
-            kwargs.setdefault("stem_padding", "aligned")
+            kwargs = dict(architecture.aligned or {}) | kwargs
         name = f"{architecture.name}.{tag}" if tag else architecture.name
         return create_model(name, pretrained=pretrained, **kwargs)
 

@@ -689,7 +689,7 @@ def test_a_fill_for_a_band_the_model_does_not_take_is_refused():
 
 
 def test_there_are_no_means_where_the_checkpoint_divides():
-    with pytest.raises(BandError, match="publishes none"):
+    with pytest.raises(BandError, match="normalized without any"):
         ssl([b for b in L2A if b != "B5"], fill="mean")
 
 

@@ -228,3 +228,70 @@ def test_channel_order_reaches_the_network_as_the_card_says() -> None:
             conv.weight[0, channel, 1, 1] = 1.0
             seen = conv(prepared[None])[0, 0].numpy()
         np.testing.assert_allclose(seen, expected[1:-1, 1:-1], atol=1e-4)
+
+
+def test_inputs_and_outputs_are_kept_apart(
+    model: torch.nn.Module, scene: Path, tmp_path: Path
+) -> None:
+    before = scene.read_bytes()
+    for output, picture, words in (
+        (scene, None, "the output would overwrite the input"),
+        (tmp_path / "a.png", tmp_path / "a.png", "the picture would overwrite the output"),
+        (tmp_path, None, "the output is a folder"),
+    ):
+        with pytest.raises(geofm.GeofmError, match=words):
+            embed_raster(model, scene, output, level="L2A", picture=picture)
+    assert scene.read_bytes() == before
+
+
+def test_masks_of_the_file_count_as_no_data(
+    model: torch.nn.Module, scene: Path, tmp_path: Path
+) -> None:
+    masked = tmp_path / "masked.tif"
+    with rasterio.open(scene) as source:
+        profile = source.profile | {"nodata": None}
+        with (
+            rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+            rasterio.open(masked, "w", **profile) as file,
+        ):
+            file.write(source.read())
+            file.descriptions = source.descriptions
+            mask = np.full(source.shape, 255, dtype=np.uint8)
+            mask[:16, :8] = 0
+            file.write_mask(mask)
+    values = embed_raster(model, masked, level="L2A").values
+    empty = np.isnan(values).all(axis=0)
+    assert empty[:2, 0].all()
+    assert empty.sum() == 2
+
+
+def test_declared_scales_are_pointed_out(
+    model: torch.nn.Module, scene: Path, tmp_path: Path
+) -> None:
+    scaled = tmp_path / "scaled.tif"
+    with rasterio.open(scene) as source, rasterio.open(scaled, "w", **source.profile) as file:
+        file.write(source.read())
+        file.descriptions = source.descriptions
+        file.scales, file.offsets = (0.0001,) * 12, (-0.1,) * 12
+    with pytest.warns(UserWarning, match="declares scales and offsets"):
+        embed_raster(model, scaled, level="L2A")
+
+
+def test_true_colour_follows_the_images_own_sensor(scene: Path, tmp_path: Path) -> None:
+    from geofm.raster import _true_colour
+
+    with rasterio.open(scene) as source:
+        image = read_image(scene, [f"SR_B{i}" for i in range(1, 13)])
+        red, green, blue = source.read([3, 2, 1])
+    title, colour = _true_colour(image, "landsat_tm")
+    assert title == "true colour"
+    for channel, band in enumerate((red, green, blue)):
+        assert np.corrcoef(colour[..., channel].ravel(), band.ravel())[0, 1] > 0.8
+
+
+def test_images_beyond_memory_are_refused_before_they_are_computed(
+    model: torch.nn.Module, scene: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("geofm.raster._MAX_BYTES", 1e6)
+    with pytest.raises(geofm.GeofmError, match="in one pass"):
+        embed_raster(model, scene, level="L2A")

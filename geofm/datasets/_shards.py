@@ -9,6 +9,7 @@ import re
 import struct
 import tarfile
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,11 +23,13 @@ from geofm.errors import GeofmError, UnsafeFileError
 __all__ = ["MEMBERS", "Group", "ShardError", "Share", "groups", "read_tensor"]
 
 MEMBERS: Final = ("images.pth", "text.json", "auxiliary.json")
+"""What a sample consists of."""
+
 # A sample's tensor takes 24 KB; what is a thousand times larger is something else.
 _LARGEST: Final = 32 << 20
 # What reading a damaged or truncated tar, plain or compressed, may raise.
 _TAR_DAMAGE: Final = (tarfile.TarError, EOFError, OSError, zlib.error)
-# What torch's unpickler may raise on damaged bytes: it follows whatever instructions it meets.
+# What damaged bytes may raise: torch's unpickler follows whatever instructions it meets.
 _TENSOR_DAMAGE: Final = (
     AssertionError,
     AttributeError,
@@ -38,6 +41,8 @@ _TENSOR_DAMAGE: Final = (
     TypeError,
     ValueError,
     struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 
 
@@ -78,7 +83,11 @@ class Share:
 class Group:
     """The members of one sample.
 
-    `problem` is what is wrong with them: a word or two for counting, and the rest of a sentence.
+    Attributes:
+        index: Index of the sample in its shard.
+        key: What the members' names begin with.
+        members: Contents by kind, as in `MEMBERS`.
+        problem: What is wrong with them: a word or two for counting, and the rest of a sentence.
     """
 
     index: int
@@ -87,8 +96,19 @@ class Group:
     problem: tuple[str, str] | None = None
 
 
-def groups(share: Share, first: int) -> Iterator[Group]:
-    """The samples of a share from number `first` on; others are passed over without being read."""
+def groups(share: Share, first: int = 0) -> Iterator[Group]:
+    """Read the samples of a share; those of others are passed over without being read.
+
+    Args:
+        share: What to read.
+        first: Index in the shard of the first sample wanted.
+
+    Yields:
+        Samples, whole ones of a damaged shard included.
+
+    Raises:
+        ShardError: The shard is no tar, or is truncated or damaged.
+    """
     group: Group | None = None
     damage: BaseException | str | None = None
     try:
@@ -100,7 +120,7 @@ def groups(share: Share, first: int) -> Iterator[Group]:
             try:
                 info = tar.next()
                 # The list of all members is only for random access, and grows without end.
-                tar.members.clear()
+                tar.members.clear()  # type: ignore[attr-defined]
                 if info is None:
                     damage = _missing_end(tar)
                     break
@@ -117,10 +137,13 @@ def groups(share: Share, first: int) -> Iterator[Group]:
             except _TAR_DAMAGE as error:
                 damage = error
                 break
-    if group is not None and _wanted(share, first, group.index):
-        # The sample in which a file breaks off is incomplete because of that, not by itself.
-        if damage is None or len(group.members) == len(MEMBERS):
-            yield group
+    # The sample in which a file breaks off is incomplete because of that, not by itself.
+    if (
+        group is not None
+        and _wanted(share, first, group.index)
+        and (damage is None or len(group.members) == len(MEMBERS))
+    ):
+        yield group
     if damage is not None:
         where = f"at or after key {group.key!r}" if group is not None else "before its first sample"
         raise ShardError(
@@ -150,7 +173,7 @@ def _take(tar: tarfile.TarFile, info: tarfile.TarInfo, kind: str, group: Group) 
         return
     group.members[kind] = b""
     if info.size > _LARGEST:
-        group.problem = ("oversized member", f"has a {kind} of {info.size:,} bytes")
+        group.problem = ("oversized member", f"has {info.size:,} bytes of {kind}")
         return
     file = tar.extractfile(info)
     content = b"" if file is None else file.read()
@@ -175,10 +198,25 @@ def _missing_end(tar: tarfile.TarFile) -> str | None:
 
 
 def read_tensor(content: bytes, where: str) -> Any:
+    """Read what ``torch.save`` wrote, without executing anything in it.
+
+    Args:
+        content: The file.
+        where: Shard and key, for messages.
+
+    Returns:
+        What was saved; a tensor if all is well.
+
+    Raises:
+        ShardError: The bytes are damaged or were not written by ``torch.save``.
+        UnsafeFileError: They hold what only executing code could rebuild.
+    """
     try:
+        if content.startswith(b"PK"):
+            _check_sums(content)
         with warnings.catch_warnings():
-            # That a newer pickle protocol might not be understood: then it is an error anyway.
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+            # Of newer pickle protocols, TorchScript, sparse tensors: each is an error here anyway.
+            warnings.simplefilter("ignore")
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -189,16 +227,33 @@ def read_tensor(content: bytes, where: str) -> Any:
                 f"rebuild{what}. Nothing was executed. Do not use this shard unless you trust "
                 f"its author; a tensor saved with torch.save would be read"
             ) from error
-        raise ShardError(f"{where}: images.pth was not written by torch.save", "bad tensor") from (
-            error
-        )
+        raise _damaged(where, error) from error
     except _TENSOR_DAMAGE as error:
         if "TorchScript" in str(error):
             raise UnsafeFileError(
                 f"{where}: images.pth is a TorchScript program, not a tensor. Nothing was executed"
             ) from error
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ShardError(f"{where}: images.pth is damaged: {first}", "bad tensor") from error
+        raise _damaged(where, error) from error
+
+
+def _check_sums(content: bytes) -> None:
+    """Refuse an archive of which a bit has flipped, which torch itself does not notice."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for entry in archive.infolist():
+            if entry.file_size > _LARGEST:
+                raise ValueError(f"{entry.filename} would take {entry.file_size:,} bytes")
+            # 0: written without a sum, as torch.serialization.set_crc32_options(False) does.
+            if entry.CRC:
+                archive.read(entry)
+
+
+def _damaged(where: str, error: BaseException) -> ShardError:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return ShardError(
+        f"{where}: images.pth is damaged or was not written by torch.save "
+        f"({type(error).__name__}: {first})",
+        "bad tensor",
+    )
 
 
 def _is_pickle(content: bytes) -> bool:

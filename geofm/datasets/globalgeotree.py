@@ -9,18 +9,10 @@ executed.
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import math
 import os
-import pickle
-import pickletools
-import re
-import struct
-import tarfile
-import warnings
-import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from geofm.datasets._shards import MEMBERS, Group, ShardError, Share, groups, read_tensor
 from geofm.datasets.globalgeotree_samples import write_shards
 from geofm.datasets.observations import (
     BANDS,
@@ -45,7 +38,7 @@ from geofm.datasets.observations import (
     present_months,
     resume_points,
 )
-from geofm.errors import GeofmError, UnsafeFileError
+from geofm.errors import UnsafeFileError
 
 __all__ = [
     "BANDS",
@@ -304,7 +297,7 @@ def _read(
                 continue
             first = start[1] if share.shard == start[0] else 0
             try:
-                for group in _groups(share, first):
+                for group in groups(share, first):
                     try:
                         observation = decode(share, group)
                     except (ShardError, UnsafeFileError) as error:
@@ -333,11 +326,11 @@ class _Decoder:
     worker: int
     report: ReadReport
 
-    def __call__(self, share: Share, group: _Group) -> Observation:
+    def __call__(self, share: Share, group: Group) -> Observation:
         where = f"shard {share.path}, key {group.key!r}"
         if group.problem is not None:
             raise ShardError(f"{where} {group.problem[1]}", group.problem[0])
-        absent = [member for member in _MEMBERS if member not in group.members]
+        absent = [member for member in MEMBERS if member not in group.members]
         if absent:
             raise ShardError(
                 f"{where} has no {' and no '.join(absent)}; the members of a sample must be "
@@ -425,7 +418,7 @@ def _coordinate(values: dict[str, Any], name: str, limit: float, where: str) -> 
 
 
 def _images(content: bytes, where: str) -> NDArray[np.float32]:
-    value = _tensor(content, where)
+    value = read_tensor(content, where)
     shape = (MONTHS, len(BANDS), SIDE, SIDE)
     if (
         not isinstance(value, torch.Tensor)

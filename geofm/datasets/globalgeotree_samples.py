@@ -1,9 +1,9 @@
 """Made-up trees in GlobalGeoTree's format, for demonstrations and tests.
 
 Nothing here is an observation. A species has a home (a latitude and longitude drawn from its
-name), leaves that come and go with the latitude and its leaf type, and a small shift of its spectrum
-that is its own; the climate follows from latitude and elevation. So species can be told apart, as
-well as a model's training can be tried out, and no more.
+name), leaves that come and go with the latitude and its leaf type, and a small shift of its
+spectrum that is its own; the climate follows from latitude and elevation. So species can be told
+apart well enough to try out a model's training, and no more.
 """
 
 from __future__ import annotations
@@ -206,7 +206,8 @@ def _climate(rng: np.random.Generator, latitude: float, elevation: float) -> dic
     mean = 27.5 - 0.0055 * away**2 - 0.0055 * elevation + rng.normal(0.0, 1.0)
     temperature = mean + (1.0 + 0.2 * away) * season
     daily = 8.0 + 3.0 * rng.random() + 1.5 * season
-    rain = np.maximum(70.0 + 30.0 * season * rng.uniform(-1.0, 1.0) + rng.normal(0, 9, MONTHS), 2.0)
+    rain = 70.0 + 30.0 * season * rng.uniform(-1.0, 1.0) + rng.normal(0.0, 9.0, MONTHS)
+    rain = np.maximum(rain * rng.lognormal(0.0, 0.5), 2.0)
     warmest, coldest = temperature + daily / 2, temperature - daily / 2
     span = float(warmest.max() - coldest.min())
     # The twelve quarters, those that reach over the end of the year among them.

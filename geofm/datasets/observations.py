@@ -1,7 +1,8 @@
-"""One place seen over a year: twelve monthly images, the site's variables, and perhaps its taxon."""
+"""One place seen over a year: twelve monthly images, the site's variables, perhaps its taxon."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -31,6 +32,8 @@ BANDS: Final = ("B2", "B3", "B4", "B8", "B5", "B6", "B7", "B8A", "B11", "B12")
 
 MONTHS: Final = 12
 SIDE: Final = 5
+# As in geofm.preprocess: no real scene stays below this everywhere; reflectance does.
+LOOKS_LIKE_REFLECTANCE: Final = 3.0
 
 
 class DataNotFoundError(GeofmError, FileNotFoundError):
@@ -168,7 +171,9 @@ def centre_crop(
                     f"the point (row {centre[0]:.1f}, column {centre[1]:.1f}) lies outside the "
                     f"image of {pixels.shape[-2]} x {pixels.shape[-1]} pixels"
                 )
-            first = min(max(int(centre[axis]) - size // 2, 0), length - size)
+            # The little that is taken off keeps a computed middle from jumping between two pixels.
+            first = math.floor(centre[axis] - size / 2 + 0.5 - 1e-3)
+            first = min(max(first, 0), length - size)
         corner.append(first)
     row, column = corner
     return pixels[..., row : row + size, column : column + size]

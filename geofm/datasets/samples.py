@@ -26,7 +26,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from geofm.errors import MissingExtraError, PixelError
+from geofm.errors import MissingExtraError, PixelError, RasterError
 
 __all__ = [
     "LAND_COVER",
@@ -1043,8 +1043,11 @@ def write_scene(path: str | Path, scene: Scene) -> Path:
 
     Raises:
         MissingExtraError: If rasterio is not installed.
+        RasterError: If the folder does not exist.
     """
     rasterio = _rasterio()
+    if not Path(path).parent.is_dir():
+        raise RasterError(f"cannot write {path}: there is no folder {Path(path).parent}")
     profile = _profile(rasterio, scene, len(scene.bands))
     profile.update(nodata=0, compress="deflate", predictor=2, interleave="band")
     # TIFF blocks are multiples of 16 pixels; a smaller scene stays in strips.

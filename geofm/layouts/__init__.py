@@ -48,7 +48,9 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 # The keys under which training scripts keep the weights.
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "model_ema")
+# What DistributedDataParallel and torch.compile put before every name.
+_PREFIXES = ("module.", "_orig_mod.")
 
 
 def unwrap(content: Any) -> State:
@@ -95,6 +97,9 @@ def convert(state: Mapping[str, Tensor], layout: str | None = None) -> tuple[Sta
     if layout is not None and layout not in LAYOUTS:
         raise LayoutError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
     state = dict(state)
+    for prefix in _PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     tried = [LAYOUTS[layout]] if layout else list(LAYOUTS.values())
     for candidate in tried:
         if candidate.matches(state):

@@ -15,31 +15,40 @@ _FIRST = (
 )
 
 
+# Under what training modules keep their encoder: timm's feature pyramids, Lightning, decoders.
+_HOLDERS = ("model.", "encoder.", "backbone.")
+
+
 def matches(state: dict[str, Tensor]) -> bool:
     """Whether the names are the models' own.
 
     Args:
         state: Names and tensors.
+
+    Returns:
+        True if the first layer of a model family is there.
     """
-    state = _without_wrapper(state)
+    state = _without_holder(state)
     return any(first in state for first in _FIRST)
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same state dict, without a wrapper's ``module.`` prefix.
+    """The same state dict, without the prefix of a module that holds the model alone.
 
     Args:
         state: Names and tensors.
 
     Returns:
-        Names and tensors.
+        Names and tensors; the vectors of a GRN layer in the shape (1, 1, 1, D).
     """
-    return _without_wrapper(state)
+    return {
+        key: value.reshape(1, 1, 1, -1) if key.endswith((".grn.gamma", ".grn.beta")) else value
+        for key, value in _without_holder(state).items()
+    }
 
 
-def _without_wrapper(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # DistributedDataParallel and torch.compile put every name below one more module.
-    for prefix in ("module.", "_orig_mod."):
+def _without_holder(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _HOLDERS:
         if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+            return {key.removeprefix(prefix): value for key, value in state.items()}
     return state

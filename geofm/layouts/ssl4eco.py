@@ -28,7 +28,7 @@ def matches_sequential(state: dict[str, Tensor]) -> bool:
     Args:
         state: Names and tensors.
     """
-    return any(_SEQUENTIAL.match(key) for key in _without_module(state))
+    return any(_SEQUENTIAL.match(key) for key in state)
 
 
 def matches_moco(state: dict[str, Tensor]) -> bool:
@@ -37,7 +37,7 @@ def matches_moco(state: dict[str, Tensor]) -> bool:
     Args:
         state: Names and tensors.
     """
-    return "encoder_q.conv1.weight" in _without_module(state)
+    return "encoder_q.conv1.weight" in state
 
 
 def convert_sequential(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -82,7 +82,6 @@ def convert_moco(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _query_encoder(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    state = _without_module(state)
     strange = [key for key in state if not key.startswith(("encoder_q.", *_LEARNER))]
     if strange:
         raise LayoutError(
@@ -91,8 +90,3 @@ def _query_encoder(state: dict[str, Tensor]) -> dict[str, Tensor]:
         )
     prefix = "encoder_q."
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def _without_module(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    # MoCo's own script saves the DistributedDataParallel wrapper's names.
-    return {key.removeprefix("module."): value for key, value in state.items()}

@@ -225,8 +225,8 @@ class MPMAE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if patch_size < _HALVINGS or patch_size % _HALVINGS:
-            raise ModelError(f"patch_size must be a multiple of {_HALVINGS}, got {patch_size}")
+        if not isinstance(patch_size, int) or patch_size < _HALVINGS or patch_size % _HALVINGS:
+            raise ModelError(f"patch_size must be a multiple of {_HALVINGS}, got {patch_size!r}")
         if stem_padding not in ("classification", "aligned"):
             raise ModelError(
                 f"stem_padding must be 'classification' (as the published classification encoder) "
@@ -242,6 +242,10 @@ class MPMAE(nn.Module):
         self.img_size = img_size
         self.stem_padding = stem_padding
         self.drop_rate = drop_rate
+        # Where the first cell of the last stage's map begins, in input pixels from the edge. With
+        # aligned padding cells tile the image; otherwise the unpadded 3×3 convolution moves them by
+        # 1, and the padding of the k×k one back by k // 2.
+        self.cell_offset = 0.0 if aligned else 1.0 - k // 2
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
             {"num_chs": dim, "reduction": k * 2**i, "module": f"stages.{i}"}
@@ -306,16 +310,6 @@ class MPMAE(nn.Module):
         self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
         self.norm: nn.Module = nn.LayerNorm(dims[-1], eps=LAYER_NORM_EPS, **dd)
         self.head = _linear(dims[-1], self.num_classes, **dd)
-
-    @property
-    def cell_offset(self) -> float:
-        """Where the first cell of the last stage's map begins, in input pixels from the edge.
-
-        0 with aligned padding: cells tile the image. The unpadded 3×3 convolution of the
-        classification padding moves it by 1, the padding of the k×k one back by k // 2.
-        """
-        k = self.patch_size // _HALVINGS
-        return 0.0 if self.stem_padding == "aligned" else 1.0 - k // 2
 
     def init_weights(self) -> None:
         """Initialise all parameters: truncated normal, σ 0.02, as published; GRN starts at 0."""

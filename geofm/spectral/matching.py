@@ -154,7 +154,9 @@ def missing_message(
     read_as = sensor(read_as)
     # A name that means something is no misspelling of another.
     odd = [name for name in names if read_as.find(name) is None]
-    odd = [name for name in odd if name not in {match.found for match in matches}]
+    found = {match.found for match in matches}
+    # One letter is near to too many names to mean one of them.
+    odd = [name for name in odd if name not in found and len(name) > 1]
     for name in missing:
         close = difflib.get_close_matches(name.lower(), [o.lower() for o in odd], n=1)
         for meant in [o for o in odd if o.lower() in close]:
