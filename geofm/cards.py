@@ -237,6 +237,9 @@ def weights_dir() -> Path:
     """The folder of cards and bundled checkpoints.
 
     Inside the package where it was installed from a wheel, beside it in a checkout.
+
+    Returns:
+        Its path.
     """
     package = Path(__file__).resolve().parent
     installed = package / "weights"
@@ -246,6 +249,9 @@ def weights_dir() -> Path:
 @cache
 def published_cards() -> Mapping[str, WeightCard]:
     """All cards that come with the package, by name.
+
+    Returns:
+        A read-only mapping, sorted by name.
 
     Raises:
         CardError: A card is malformed, or two are the default of one model.

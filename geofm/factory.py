@@ -169,6 +169,9 @@ def input_spec_of(model: nn.Module | WeightCard | InputSpec | str) -> InputSpec:
     Args:
         model: A model from `create_model`, a card, a specification, or a name.
 
+    Returns:
+        Its bands, units, statistics and sizes.
+
     Raises:
         ModelError: It is not known.
         UnknownModelError: No such name.

@@ -76,7 +76,11 @@ _TransportError: type[BaseException] = HfHubHTTPError.__bases__[0]
 
 
 def cache_dir() -> Path:
-    """The cache: ``$GEOFM_HOME``, else ``$XDG_CACHE_HOME/geofm``, else ``~/.cache/geofm``."""
+    """The cache: ``$GEOFM_HOME``, else ``$XDG_CACHE_HOME/geofm``, else ``~/.cache/geofm``.
+
+    Returns:
+        Its path, whether or not it exists.
+    """
     home = os.environ.get("GEOFM_HOME")
     if home:
         return Path(home).expanduser()
@@ -102,6 +106,9 @@ def is_cached(card: WeightCard) -> bool:
 
     Args:
         card: The card.
+
+    Returns:
+        True if they are bundled or in a cache.
     """
     if card.bundled:
         return _bundled_path(card).is_file()

@@ -63,7 +63,11 @@ class Architecture:
 
 @cache
 def architectures() -> Mapping[str, Architecture]:
-    """All architectures by name; the variants stand at the bottom of each model's file."""
+    """All architectures by name; the variants stand at the bottom of each model's file.
+
+    Returns:
+        A read-only mapping.
+    """
     # Imported here: timm takes seconds, and `import geofm` must not.
     geotreeclip = importlib.import_module("geofm.models.geotreeclip")
     mpmae = importlib.import_module("geofm.models.mpmae")
@@ -174,6 +178,9 @@ def is_model(name: str) -> bool:
 
     Args:
         name: ``"mpmae_atto"`` or ``"mpmae_atto.mmearth64"``.
+
+    Returns:
+        True for a known model, with a known tag or none.
     """
     model, tag = split_name(name)
     found = architectures().get(model)
@@ -185,6 +192,9 @@ def architecture(name: str) -> Architecture:
 
     Args:
         name: Without a tag.
+
+    Returns:
+        The architecture.
 
     Raises:
         UnknownModelError: There is none; the message suggests the nearest.
@@ -202,6 +212,9 @@ def cards_of(model: Architecture) -> Mapping[str, WeightCard]:
 
     Args:
         model: The architecture.
+
+    Returns:
+        Cards by tag, empty where nothing is published.
     """
     return {c.tag: c for c in published_cards().values() if c.model == model.weights_of}
 
@@ -211,6 +224,9 @@ def default_card(model: Architecture) -> WeightCard | None:
 
     Args:
         model: The architecture.
+
+    Returns:
+        The card, or None.
     """
     return next((card for card in cards_of(model).values() if card.default), None)
 
@@ -221,6 +237,9 @@ def card_of(model: Architecture, tag: str) -> WeightCard:
     Args:
         model: The architecture.
         tag: Tag of the checkpoint.
+
+    Returns:
+        The card.
 
     Raises:
         UnknownModelError: There is none; the message lists those there are.
@@ -288,6 +307,9 @@ def list_pretrained(filter: str | Sequence[str] = "*") -> list[str]:
 
     Args:
         filter: Wildcard, or several.
+
+    Returns:
+        Sorted names.
     """
     return list_models(filter, pretrained=True)
 
@@ -297,6 +319,9 @@ def elsewhere(model: Architecture) -> str:
 
     Args:
         model: The architecture without weights.
+
+    Returns:
+        A clause that begins with a semicolon, or nothing.
     """
     family = model.name.split("_")[0]
     names = list_models(f"{family}_*", pretrained=True)

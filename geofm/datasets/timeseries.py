@@ -200,7 +200,7 @@ def _read_h5(source: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         h5py: Any = importlib.import_module("h5py")
     except ImportError as error:
         raise MissingExtraError(
-            "reading HDF5 needs h5py, which is not installed: pip install 'geofm[train]'"
+            "reading HDF5 needs h5py, which is not installed: pip install 'geofm[raster]'"
         ) from error
     names = ("sen-2-data", "sen-2-masks", "sen-2-products")
     try:

@@ -56,6 +56,9 @@ def matches(state: dict[str, Tensor]) -> bool:
 
     Args:
         state: Names and tensors.
+
+    Returns:
+        True if the vision tower is there.
     """
     return any(key.startswith(_VISION) for key in state)
 

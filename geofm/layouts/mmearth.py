@@ -25,6 +25,9 @@ def matches(state: dict[str, Tensor]) -> bool:
 
     Args:
         state: Names and tensors.
+
+    Returns:
+        True if there are kernels of sparse convolutions.
     """
     return any(key.startswith(_ENCODER) and key.endswith(".kernel") for key in state)
 

@@ -27,6 +27,9 @@ def matches_sequential(state: dict[str, Tensor]) -> bool:
 
     Args:
         state: Names and tensors.
+
+    Returns:
+        True for SeCo-Eco's layout.
     """
     return any(_SEQUENTIAL.match(key) for key in state)
 
@@ -36,6 +39,9 @@ def matches_moco(state: dict[str, Tensor]) -> bool:
 
     Args:
         state: Names and tensors.
+
+    Returns:
+        True for MoCo-Eco's layout.
     """
     return "encoder_q.conv1.weight" in state
 

@@ -343,7 +343,11 @@ class MPMAE(nn.Module):
         return {"stem": r"^initial_conv|^stem", "blocks": blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay besides biases and vectors: GRN's (1, 1, 1, D)."""
+        """Parameters without weight decay besides biases and vectors: GRN's (1, 1, 1, D).
+
+        Returns:
+            Their names.
+        """
         return {name for name, _ in self.named_parameters() if ".grn." in name}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -356,7 +360,11 @@ class MPMAE(nn.Module):
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     def get_classifier(self) -> nn.Module:
-        """The linear head, or an identity where there is none."""
+        """The linear head, or an identity where there is none.
+
+        Returns:
+            The module.
+        """
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

@@ -90,6 +90,9 @@ class Sensor:
 
         Args:
             name: Any name of the band, in any case.
+
+        Returns:
+            The band, or None.
         """
         position = self._index.get(name.lower())
         return None if position is None else self.bands[position]
@@ -112,6 +115,9 @@ class Sensor:
 
         Args:
             names: Names or aliases.
+
+        Returns:
+            One band a name.
 
         Raises:
             BandError: A name is unknown.
