@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from geofm.preprocess import Preprocess
     from geofm.raster import embed_raster
     from geofm.registry import is_model, list_models, list_pretrained, model_card
+    from geofm.species import name_species
     from geofm.spectral import Band, Sensor
+    from geofm.taxonomy import Taxon
+    from geofm.zeroshot import SpeciesClassifier, zero_shot
 
 __version__ = "0.1.0"
 
@@ -46,6 +49,8 @@ __all__ = [
     "PixelError",
     "Preprocess",
     "Sensor",
+    "SpeciesClassifier",
+    "Taxon",
     "UnknownModelError",
     "UnsafeFileError",
     "WeightCard",
@@ -58,6 +63,8 @@ __all__ = [
     "list_models",
     "list_pretrained",
     "model_card",
+    "name_species",
+    "zero_shot",
 ]
 
 # Where the names live whose import is heavy; loaded on first use.
@@ -65,6 +72,8 @@ _LAZY = {
     "Band": "geofm.spectral",
     "Preprocess": "geofm.preprocess",
     "Sensor": "geofm.spectral",
+    "SpeciesClassifier": "geofm.zeroshot",
+    "Taxon": "geofm.taxonomy",
     "WeightCard": "geofm.cards",
     "create_model": "geofm.factory",
     "create_transform": "geofm.factory",
@@ -73,6 +82,8 @@ _LAZY = {
     "list_models": "geofm.registry",
     "list_pretrained": "geofm.registry",
     "model_card": "geofm.registry",
+    "name_species": "geofm.species",
+    "zero_shot": "geofm.zeroshot",
 }
 
 

@@ -89,16 +89,17 @@ def _parser() -> argparse.ArgumentParser:
     cache.set_defaults(run=_cache)
 
     sample = commands.add_parser("sample", help="write generated samples, for trying things out")
-    sample.add_argument("kind", choices=("scene", "eurosat"))
-    sample.add_argument("output", type=Path, help="GeoTIFF (scene) or folder (eurosat)")
+    sample.add_argument("kind", choices=("scene", "eurosat", "globalgeotree"))
+    sample.add_argument("output", type=Path, help="GeoTIFF (scene) or folder (the others)")
     sample.add_argument("--size", type=int, default=None, help="side in px")
-    sample.add_argument("--n", type=int, default=6, help="tiles per class (eurosat)")
+    sample.add_argument("--n", type=int, default=6, help="tiles per class, or observations")
     sample.add_argument("--level", choices=("L1C", "L2A"), default="L2A", help="of the scene")
     sample.add_argument("--day", type=int, default=180, help="day of the year (scene)")
     sample.add_argument("--seed", type=int, default=0)
     sample.set_defaults(run=_sample)
 
     _add_embed(commands)
+    _add_zero_shot(commands)
     return parser
 
 
@@ -123,6 +124,33 @@ def _add_embed(commands: Any) -> None:
     embed.add_argument("--tolerance", type=float, help="nm by which a band may stand in")
     embed.add_argument("--picture", type=Path, help="PNG; default: beside the output")
     embed.set_defaults(run=_embed)
+
+
+def _add_zero_shot(commands: Any) -> None:
+    command = commands.add_parser("zero-shot", help="species of trees from a year of observations")
+    command.add_argument(
+        "observations",
+        type=Path,
+        help="GlobalGeoTree shards, a TreeSatAI series (.h5), or monthly GeoTIFFs (folder, CSV)",
+    )
+    command.add_argument("--species", required=True, help="CSV of species, or names: A a,B b")
+    command.add_argument("--taxonomy", type=Path, help="CSV that completes bare names")
+    command.add_argument("--model", default="geotreeclip", help="model or model.tag (%(default)s)")
+    weights = command.add_mutually_exclusive_group()
+    weights.add_argument("--weights", help="tag or path, instead of the default checkpoint")
+    weights.add_argument(
+        "--no-pretrained", action="store_true", help="random weights; the output says so"
+    )
+    command.add_argument("--top", type=int, default=5, help="species to name (%(default)s)")
+    command.add_argument("--batch", type=int, default=64, help="observations at a time")
+    command.add_argument("-o", "--output", type=Path, help="CSV to write")
+    command.add_argument("--picture", type=Path, help="PNG of the first observation's answer")
+    command.add_argument("--auxiliary", type=Path, help="JSON of the environment (for a series)")
+    command.add_argument("--longitude", type=float, help="of a series")
+    command.add_argument("--latitude", type=float, help="of a series")
+    command.add_argument("--georeference", type=Path, help="a raster of the series' place")
+    command.add_argument("--skip", action="store_true", help="leave out and count broken samples")
+    command.set_defaults(run=_zero_shot)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -194,6 +222,10 @@ def _sample(options: argparse.Namespace) -> int:
             (side, side), seed=options.seed, day_of_year=options.day, level=options.level
         )
         samples.write_scene(options.output, scene)
+    elif options.kind == "globalgeotree":
+        from geofm.datasets import write_shards
+
+        write_shards(options.output, options.n, seed=options.seed)
     else:
         samples.write_eurosat(
             options.output, n_per_class=options.n, seed=options.seed, size=options.size or 64
@@ -203,10 +235,7 @@ def _sample(options: argparse.Namespace) -> int:
 
 
 def _embed(options: argparse.Namespace) -> int:
-    import torch
-
     from geofm import registry
-    from geofm.factory import create_model
     from geofm.raster import embed_raster
 
     architecture: dict[str, Any] = {}
@@ -214,18 +243,7 @@ def _embed(options: argparse.Namespace) -> int:
     if registry.architecture(base).aligned is not None:
         # So that cells tile the image; the weights are the same.
         architecture |= dict(registry.architecture(base).aligned or {})
-    if options.no_pretrained:
-        torch.manual_seed(0)
-    try:
-        model = create_model(
-            options.model,
-            pretrained=False if options.no_pretrained else options.weights or True,
-            **architecture,
-        )
-    except DownloadError as error:
-        raise DownloadError(
-            f"{error}. To try the command without weights: --no-pretrained"
-        ) from error
+    model = _model(options, **architecture)
     picture = options.picture or options.output.with_suffix(".png")
     embedding = embed_raster(
         model,
@@ -248,6 +266,58 @@ def _embed(options: argparse.Namespace) -> int:
         f"channels, weights: {embedding.tags['GEOFM_WEIGHTS']}"
     )
     print(f"wrote {picture}")
+    return 0
+
+
+def _model(options: argparse.Namespace, **architecture: Any) -> Any:
+    """The model that a command's --model, --weights and --no-pretrained ask for."""
+    import torch
+
+    from geofm.factory import create_model
+
+    if options.no_pretrained:
+        torch.manual_seed(0)
+    pretrained = False if options.no_pretrained else options.weights or True
+    try:
+        return create_model(options.model, pretrained=pretrained, **architecture)
+    except DownloadError as error:
+        raise DownloadError(
+            f"{error}. To try the command without weights: --no-pretrained"
+        ) from error
+
+
+def _zero_shot(options: argparse.Namespace) -> int:
+    from geofm.species import name_species
+
+    listed = Path(options.species)
+    names = listed if listed.suffix.lower() == ".csv" else options.species.split(",")
+    auxiliary = json.loads(options.auxiliary.read_text()) if options.auxiliary else None
+    answer = name_species(
+        _model(options),
+        options.observations,
+        names if isinstance(names, Path) else [name.strip() for name in names],
+        top_k=options.top,
+        taxonomy=options.taxonomy,
+        batch_size=options.batch,
+        skip_broken=options.skip,
+        auxiliary=auxiliary,
+        longitude=options.longitude,
+        latitude=options.latitude,
+        georeference=options.georeference,
+    )
+    if answer.weights.startswith("untrained"):
+        print("UNTRAINED WEIGHTS: these are no answers", file=sys.stderr)
+    for row in answer.rows:
+        print(
+            f"{row['sample']}\t{row['rank']}\t{row['species']}\t{row['family']}\t"
+            f"{row['probability']:.4f}"
+        )
+    if options.output:
+        answer.to_csv(options.output)
+        print(f"wrote {options.output}", file=sys.stderr)
+    if options.picture:
+        answer.plot(options.picture)
+        print(f"wrote {options.picture}", file=sys.stderr)
     return 0
 
 

@@ -1,1 +1,43 @@
-"""Datasets for demonstrations and tests: plausible Sentinel-2 scenes made by arithmetic alone."""
+"""Data in the formats their authors publish, and generated samples."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geofm.datasets.globalgeotree import GlobalGeoTree, read_shards, write_shards
+    from geofm.datasets.monthly import read_monthly_folder
+    from geofm.datasets.observations import Observation, collate
+    from geofm.datasets.open import open_observations
+    from geofm.datasets.timeseries import monthly_median, read_series_h5
+
+_LAZY = {
+    "GlobalGeoTree": "globalgeotree",
+    "Observation": "observations",
+    "collate": "observations",
+    "monthly_median": "timeseries",
+    "open_observations": "open",
+    "read_monthly_folder": "monthly",
+    "read_series_h5": "timeseries",
+    "read_shards": "globalgeotree",
+    "write_shards": "globalgeotree",
+}
+
+__all__ = [
+    "GlobalGeoTree",
+    "Observation",
+    "collate",
+    "monthly_median",
+    "open_observations",
+    "read_monthly_folder",
+    "read_series_h5",
+    "read_shards",
+    "write_shards",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'geofm.datasets' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"geofm.datasets.{_LAZY[name]}"), name)
