@@ -10,17 +10,18 @@ from pathlib import Path
 import pytest
 from conftest import data
 
-from geofm.datasets import samples
+from geofm.datasets import samples, write_shards
 
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "finetune_eurosat.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLE = EXAMPLES / "finetune_eurosat.py"
 
 
-def accuracy(*words: object) -> float:
+def accuracy(*words: object, example: Path = EXAMPLE) -> float:
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), *map(str, words)], capture_output=True, text=True
+        [sys.executable, str(example), *map(str, words)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    found = re.search(r"held-out accuracy ([\d.]+)", done.stdout)
+    found = re.search(r"(?:held-out accuracy|top-1 after few-shot:) ([\d.]+)", done.stdout)
     assert found, done.stdout
     return float(found.group(1))
 
@@ -40,3 +41,11 @@ def test_finetuning_clearly_beats_chance_on_real_tiles() -> None:
     folder = data("eurosat_ms_200")
     # Chance is 1/10.
     assert accuracy(folder, "--weights", "none", "--epochs", 3) > 0.25
+
+
+def test_few_shot_learns_generated_species(tmp_path: Path) -> None:
+    write_shards(tmp_path, 60, seed=0)
+    words = [tmp_path, "--model", "geotreeclip_tiny", "--weights", "none", "--k", 2]
+    result = accuracy(*words, "--lr", 1e-3, "--epochs", 8, example=EXAMPLES / "few_shot_species.py")
+    # Chance is 1/10.
+    assert result > 0.2
