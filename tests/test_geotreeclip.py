@@ -61,6 +61,7 @@ def test_both_towers_match_the_published_code(published: tuple[Fixture, Path]) -
             images, outputs["auxiliary"], outputs["image_mask"], outputs["auxiliary_mask"]
         )
         text = model.encode_text(prompts(fixture))
+        torch.testing.assert_close(model.encode_text(fixture.spec["texts"]), text)
     means = normalized.mean((2, 3, 4))
     for actual, name in (
         (means, "normalized_images_mean"),

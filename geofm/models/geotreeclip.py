@@ -409,7 +409,7 @@ class GeoTreeCLIP(nn.Module):
         """Embed names.
 
         Args:
-            text: Token ids, (N, tokens); or prompts; or taxa, anything with a ``prompt``.
+            text: Token ids, (N, tokens); or prompts, taxa or dicts as in `tokenize`.
             normalize: Scale to unit length.
 
         Returns:
@@ -427,13 +427,14 @@ class GeoTreeCLIP(nn.Module):
         """Token ids of prompts.
 
         Args:
-            text: A prompt or several, or taxa.
+            text: A prompt or several; or taxa, anything with a ``prompt``; or dicts with the four
+                levels as GlobalGeoTree writes them (``level0`` … ``level3_species``).
 
         Returns:
             (N, 77), padded with 0.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        prompts = [item if isinstance(item, str) else str(item.prompt) for item in texts]
+        texts = [text] if isinstance(text, str | Mapping) else list(text)
+        prompts = [_prompt(item) for item in texts]
         out: Tensor = self.tokenizer(prompts)
         return out
 
@@ -478,6 +479,18 @@ class GeoTreeCLIP(nn.Module):
                 f"{self.in_chans} bands; got {tuple(images.shape)}"
             )
         return images.to(self.logit_scale.device, torch.float32)
+
+
+def _prompt(item: Any) -> str:
+    if isinstance(item, str):
+        return item
+    if isinstance(item, Mapping):
+        levels = ("level0", "level1_family", "level2_genus", "level3_species")
+        missing = [level for level in levels if level not in item]
+        if missing:
+            raise ModelError(f"a text without {', '.join(missing)}: {dict(item)}")
+        return " / ".join(str(item[level]) for level in levels)
+    return str(item.prompt)
 
 
 def _image_extremes(images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
