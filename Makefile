@@ -12,7 +12,7 @@ demo: $(VENV)/.raster
 	@echo "See demo/embedding.png: true colour beside the embedding's first three components."
 
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations 15
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow

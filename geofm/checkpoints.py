@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from geofm.errors import GeofmError, LayoutError, UnsafeFileError
 
-__all__ = ["read_checkpoint"]
+__all__ = ["DAMAGE", "read_checkpoint"]
 
 # What torch.save wrote before its files were zip archives begins with this number, pickled.
 _LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19"
@@ -28,7 +28,7 @@ _LONGEST_HEADER = 100_000_000
 # What torch's error names: an import it refuses, or an instruction of a newer pickle protocol.
 _REFUSED = re.compile(r"GLOBAL ([\w.]+)|Unsupported operand (\d+)")
 # What torch's unpickler may raise on damaged bytes: it follows whatever instructions it meets.
-_DAMAGE = (
+DAMAGE = (
     AssertionError,
     AttributeError,
     EOFError,
@@ -137,13 +137,13 @@ def _check_archive(path: Path, size: int) -> None:
                             pass
     except LayoutError:
         raise
-    except (OSError, zipfile.BadZipFile, zlib.error, *_DAMAGE) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, *DAMAGE) as error:
         raise LayoutError(f"{path} is damaged ({error}). Fetch it again") from error
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except pickle.UnpicklingError as error:
         raise _refusal(path, error) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise LayoutError(
             f"{path} was not written by torch.save ({_first_line(error)}); export its state dict "
             f"with torch.save(model.state_dict(), ...) or as safetensors"
@@ -168,7 +168,7 @@ def _check_pickle(path: Path, legacy: bool) -> None:
                         names.append(".".join(strings[-2:]))
                     elif isinstance(argument, str):
                         strings.append(argument)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         what = "a truncated or damaged" if legacy else "no"
         raise LayoutError(
             f"{path} is {what} checkpoint ({_first_line(error)}): expected a safetensors file or "
@@ -189,7 +189,7 @@ def _read_torch(path: Path) -> Any:
             # That a newer pickle protocol might not be understood: then it is an error anyway.
             warnings.filterwarnings("ignore", message="Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _refusal(path, error) from error
 
 

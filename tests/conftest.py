@@ -18,8 +18,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 DATA = SHARED / "data"
 PARITY = SHARED / "parity"
 
-# Two threads are what the benchmarks state, and more would fight over CI's two cores.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# One thread for each of the processes that share two cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def data(*parts: str) -> Path:

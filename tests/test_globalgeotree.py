@@ -894,7 +894,7 @@ def test_unreadable_hdf5_and_absent_h5py_are_told(
     with pytest.raises(PixelError, match="no readable HDF5"):
         read_series_h5(text)
     hide(monkeypatch, "h5py")
-    with pytest.raises(MissingExtraError, match=r"pip install 'geofm\[train\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install 'geofm\[raster\]'"):
         read_series_h5(path)
 
 

@@ -6,7 +6,6 @@ import io
 import pickle
 import pickletools
 import re
-import struct
 import tarfile
 import warnings
 import zipfile
@@ -18,6 +17,7 @@ from typing import Any, Final
 
 import torch
 
+from geofm.checkpoints import DAMAGE
 from geofm.errors import GeofmError, UnsafeFileError
 
 __all__ = ["MEMBERS", "Group", "ShardError", "Share", "groups", "read_tensor"]
@@ -29,21 +29,8 @@ MEMBERS: Final = ("images.pth", "text.json", "auxiliary.json")
 _LARGEST: Final = 32 << 20
 # What reading a damaged or truncated tar, plain or compressed, may raise.
 _TAR_DAMAGE: Final = (tarfile.TarError, EOFError, OSError, zlib.error)
-# What damaged bytes may raise: torch's unpickler follows whatever instructions it meets.
-_TENSOR_DAMAGE: Final = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    MemoryError,
-    OverflowError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+# What damaged bytes may raise.
+_TENSOR_DAMAGE: Final = (*DAMAGE, zipfile.BadZipFile, zlib.error)
 
 
 class ShardError(GeofmError, ValueError):
