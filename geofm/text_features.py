@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 
 # Tokens of a pack. Longer packs repeat fewer beginnings but attend over more tokens in vain.
 _PACK = 128
-# Packs computed together, per prompt of the batch size: a pack holds about twenty prompts.
-_PROMPTS_PER_PACK = 16
 # Raise when what is computed for a prompt changes, so that older cache files are not used.
 _CACHE_VERSION = "1"
 
@@ -64,7 +62,8 @@ def encode_prompts(
     Args:
         model: Has ``tokenize`` and ``encode_text``, as `GeoTreeCLIP` has.
         prompts: Any number, in any order; repeated ones are computed once.
-        batch_size: Prompts computed together; on a CPU the result's last digits depend on it.
+        batch_size: Sets how much is computed, and held, at a time: as many tokens as this number of
+            prompts padded to 77 would have. The result's last digits depend on it.
         cache: Folder for the features; they are kept there under the text tower's weights and the
             prompts, and taken from there when both are the same. None keeps nothing.
 
@@ -98,7 +97,9 @@ def _encode(model: Any, prompts: Sequence[str], batch_size: int) -> Tensor:
     tokens: Tensor = model.tokenize(list(prompts))
     tower = getattr(model, "text", None)
     if _is_causal(tower):
-        features = _encode_trees(tower, tokens, max(1, batch_size // _PROMPTS_PER_PACK))
+        # As many tokens at a time as the batch would have if it were padded.
+        packs_per_batch = max(1, batch_size * tokens.shape[1] // _PACK)
+        features = _encode_trees(tower, tokens, packs_per_batch)
         return F.normalize(features.float(), dim=-1)
     # Another kind of tower: batches of similar length, which encode_text trims to their longest.
     order = tokens.argmax(dim=-1).argsort(stable=True)
