@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from geofm import _timm_hook
 from geofm.errors import (
+    AuxiliaryError,
     BandError,
     CardError,
     DownloadError,
     GeofmError,
     HashMismatchError,
     LayoutError,
+    MissingExtraError,
     ModelError,
     PixelError,
+    RasterError,
+    TaxonError,
     UnknownModelError,
     UnsafeFileError,
     WeightsNotFoundError,
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuxiliaryError",
     "Band",
     "BandError",
     "CardError",
@@ -45,12 +50,15 @@ __all__ = [
     "GeofmError",
     "HashMismatchError",
     "LayoutError",
+    "MissingExtraError",
     "ModelError",
     "PixelError",
     "Preprocess",
+    "RasterError",
     "Sensor",
     "SpeciesClassifier",
     "Taxon",
+    "TaxonError",
     "UnknownModelError",
     "UnsafeFileError",
     "WeightCard",

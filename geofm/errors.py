@@ -17,6 +17,7 @@ __all__ = [
     "ModelError",
     "PixelError",
     "RasterError",
+    "TaxonError",
     "UnknownModelError",
     "UnsafeFileError",
     "WeightsNotFoundError",
@@ -65,6 +66,10 @@ class PixelError(GeofmError, ValueError):
 
 class RasterError(GeofmError, ValueError):
     """A raster cannot be read, georeferenced or written as asked."""
+
+
+class TaxonError(GeofmError, ValueError):
+    """A taxon is incomplete, unknown or ambiguous, or a list of taxa cannot be read."""
 
 
 class UnknownModelError(GeofmError, ValueError):

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.transformer import TextTransformer
+from open_clip.transformer import ResidualAttentionBlock, TextTransformer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -118,52 +118,81 @@ def _is_causal(tower: Any) -> bool:
         and tower.attn_mask is not None
         and tower.cls_emb is None
         and tower.text_projection is None
+        and tower.transformer.batch_first
+        and all(type(b) is ResidualAttentionBlock for b in tower.transformer.resblocks)
     )
 
 
 def _encode_trees(tower: Any, tokens: Tensor, packs_per_batch: int) -> Tensor:
-    device = tower.positional_embedding.device
-    heads = tower.transformer.resblocks[0].attn.num_heads
     packs = _pack(tokens)
+    # Packs of a batch are padded to its largest.
     packs.sort(key=lambda pack: len(pack.ids))
-    out: Tensor | None = None
+    out = torch.empty(len(tokens), tower.ln_final.weight.shape[0])
     for start in range(0, len(packs), packs_per_batch):
         batch = packs[start : start + packs_per_batch]
-        width = max(len(pack.ids) for pack in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        depth = torch.zeros(len(batch), width, dtype=torch.long)
-        # Padding is a leaf of its own: it sees itself and what no one sees does not matter.
-        end = torch.arange(1, width + 1).repeat(len(batch), 1)
-        for i, pack in enumerate(batch):
-            size = len(pack.ids)
-            ids[i, :size] = torch.tensor(pack.ids)
-            depth[i, :size] = torch.tensor(pack.depth)
-            end[i, :size] = torch.tensor(pack.end)
-        x = tower.token_embedding(ids.to(device)) + tower.positional_embedding[depth.to(device)]
-        x = tower.transformer(x, attn_mask=_tree_mask(end, heads).to(device, x.dtype))
-        which = torch.tensor([i for i, pack in enumerate(batch) for _ in pack.rows])
-        last = torch.tensor([node for pack in batch for node in pack.last])
-        rows = torch.tensor([row for pack in batch for row in pack.rows])
-        features = tower.ln_final(x[which.to(device), last.to(device)]).float().cpu()
-        if out is None:
-            out = features.new_empty(len(tokens), features.shape[1])
-        out[rows] = features
-    assert out is not None
+        ids = _padded([pack.ids for pack in batch])
+        depth = _padded([pack.depth for pack in batch])
+        last = _padded([pack.last for pack in batch])
+        seen = _seen(_padded([pack.end for pack in batch]))
+        features = _encode_batch(tower, ids, depth, last, seen).float().cpu()
+        for pack, own in zip(batch, features, strict=True):
+            out[torch.tensor(pack.rows)] = own[: len(pack.rows)]
     return out
 
 
-def _tree_mask(end: Tensor, heads: int) -> Tensor:
-    """Additive attention mask of trees written in depth-first order.
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+
+
+def _encode_batch(tower: Any, ids: Tensor, depth: Tensor, last: Tensor, seen: Tensor) -> Tensor:
+    """Run the transformer on trees.
 
     Args:
-        end: (B, T), the place after the last descendant of each node.
-        heads: Attention heads.
+        tower: The text transformer.
+        ids: (B, T) tokens.
+        depth: (B, T) their positions.
+        last: (B, R) the nodes to read.
+        seen: (B, T, T), as from `_seen`.
 
     Returns:
-        (B · heads, T, T): 0 where a node sees another, its ancestor or itself, else −inf.
+        (B, R, width).
+    """
+    device = tower.positional_embedding.device
+    x = tower.token_embedding(ids.to(device)) + tower.positional_embedding[depth.to(device)]
+    *blocks, final = tower.transformer.resblocks
+    mask = _additive(seen, final.attn.num_heads).to(device, x.dtype)
+    for block in blocks:
+        x = block(x, attn_mask=mask)
+    # After the last attention only the nodes to read matter.
+    width = x.shape[-1]
+    read = x.gather(1, last.to(device)[..., None].expand(-1, -1, width))
+    rows = seen.gather(1, last[..., None].expand(-1, -1, seen.shape[-1]))
+    mask = _additive(rows, final.attn.num_heads).to(device, x.dtype)
+    keys = final.ln_1(x)
+    read = read + final.ls_1(final.attention(final.ln_1(read), keys, keys, attn_mask=mask))
+    read = read + final.ls_2(final.mlp(final.ln_2(read)))
+    features: Tensor = tower.ln_final(read)
+    return features
+
+
+def _seen(end: Tensor) -> Tensor:
+    """What each node of a tree in depth-first order sees: its ancestors and itself.
+
+    Args:
+        end: (B, T), the place after the last descendant of each node; 0 in padding.
+
+    Returns:
+        (B, T, T) bool.
     """
     place = torch.arange(end.shape[1])
-    seen = (place[None, :] <= place[:, None]) & (place[:, None] < end[:, None, :])
+    below = (place[None, :] <= place[:, None]) & (place[:, None] < end[:, None, :])
+    # Padding sees itself, as a softmax over nothing is not a number; nobody sees it.
+    return below | torch.eye(end.shape[1], dtype=torch.bool)
+
+
+def _additive(seen: Tensor, heads: int) -> Tensor:
+    """Attention mask: 0 where seen, else −inf; (B · heads, queries, keys)."""
     mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
     return mask.repeat_interleave(heads, dim=0)
 

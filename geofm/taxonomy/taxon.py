@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
-from geofm.errors import GeofmError
+from geofm.errors import TaxonError
 
 __all__ = ["LEAF_TYPES", "LEVELS", "Taxon", "TaxonError", "builtin_taxa", "read_taxa"]
 
@@ -33,10 +33,6 @@ _COLUMNS = {
 }
 # Names that an error message lists, and looks up near matches for.
 SHOWN = 5
-
-
-class TaxonError(GeofmError, ValueError):
-    """A taxon is incomplete, unknown or ambiguous, or a list of taxa cannot be read."""
 
 
 @dataclass(frozen=True)
