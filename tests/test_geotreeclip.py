@@ -231,6 +231,9 @@ def test_variables_come_as_tensor_columns_or_rows_alike(tiny: GeoTreeCLIP) -> No
         expected = tiny.encode_image(images, table)
         for given in (columns, rows, table.numpy()):
             torch.testing.assert_close(tiny.encode_image(images, given), expected)
+        mask = np.ones((2, 12), dtype=bool)
+        arrays = tiny.encode_image(images.numpy(), table.numpy(), mask, ~np.isnan(table.numpy()))
+        torch.testing.assert_close(arrays, expected)
 
 
 @pytest.mark.parametrize(

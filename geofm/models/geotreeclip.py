@@ -384,14 +384,14 @@ class GeoTreeCLIP(nn.Module):
         pixels = self._as_images(images)
         present = torch.isfinite(pixels).all(dim=(2, 3, 4))
         if image_mask is not None:
-            present = present & image_mask.to(present.device).bool()
+            present = present & torch.as_tensor(image_mask).to(present.device).bool()
         # By a batch's own extremes any linear unit comes out alike, so there none is checked.
         values = auxiliary_table(
             auxiliary, self.variables, check_units=self.normalization == "fixed"
         ).to(pixels.device)
         known = torch.isfinite(values)
         if auxiliary_mask is not None:
-            known = known & auxiliary_mask.to(known.device).bool()
+            known = known & torch.as_tensor(auxiliary_mask).to(known.device).bool()
         if len(pixels) != len(values):
             raise ModelError(f"{len(pixels)} image series, but auxiliary data of {len(values)}")
         return pixels, present, values, known
