@@ -25,6 +25,12 @@ __all__ = [
 def existing(path: str | os.PathLike[str]) -> Path:
     """The path, if there is something.
 
+    Args:
+        path: A file or folder.
+
+    Returns:
+        The path.
+
     Raises:
         DataNotFoundError: There is not.
     """
@@ -37,6 +43,14 @@ def checked_place(
     longitude: float | None, latitude: float | None, where: str
 ) -> tuple[float, float] | tuple[None, None]:
     """The coordinates, if they can be some or both are None.
+
+    Args:
+        longitude: Degrees east.
+        latitude: Degrees north.
+        where: What they belong to, for messages.
+
+    Returns:
+        Both as given.
 
     Raises:
         RasterError: Only one is given, or they are out of range.
@@ -52,6 +66,12 @@ def checked_place(
 
 def centre_of_raster(raster: str | os.PathLike[str]) -> tuple[float, float]:
     """Longitude and latitude of a raster's centre, in degrees on WGS 84.
+
+    Args:
+        raster: Anything GDAL reads.
+
+    Returns:
+        Degrees east, degrees north.
 
     Raises:
         DataNotFoundError: There is no such file.

@@ -97,7 +97,14 @@ class Row:
 
 
 def read_rows(path: str | Path) -> tuple[frozenset[str], list[Row]]:
-    """The columns that a CSV has, of those in `_COLUMNS`, and its lines."""
+    """The columns that a CSV has, of those in `_COLUMNS`, and its lines.
+
+    Args:
+        path: The CSV; commas, semicolons or tabs.
+
+    Returns:
+        The columns' names, and a row for each line.
+    """
     with Path(path).open(encoding="utf-8-sig", newline="") as file:
         first = file.readline()
         file.seek(0)
@@ -188,6 +195,13 @@ def builtin_taxa() -> tuple[Taxon, ...]:
 
 
 def fold(name: str) -> str:
-    """A name without what is written one way here and another way there."""
+    """A name without what is written one way here and another way there.
+
+    Args:
+        name: For example ``"Populus × canescens"``.
+
+    Returns:
+        Lower case, without hybrid signs and underscores.
+    """
     words = name.replace("_", " ").replace("×", " ").casefold().split()
     return " ".join(word for word in words if word != "x")
