@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from geofm import __version__
-from geofm.errors import DownloadError, GeofmError
+from geofm.errors import AuxiliaryError, DataNotFoundError, DownloadError, GeofmError
 
 __all__ = ["main"]
 
@@ -291,7 +291,10 @@ def _zero_shot(options: argparse.Namespace) -> int:
 
     listed = Path(options.species)
     names = listed if listed.suffix.lower() == ".csv" else options.species.split(",")
-    auxiliary = json.loads(options.auxiliary.read_text()) if options.auxiliary else None
+    for target in (options.output, options.picture):
+        if target and not target.absolute().parent.is_dir():
+            raise DataNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
+    auxiliary = _environment(options.auxiliary) if options.auxiliary else None
     answer = name_species(
         _model(options),
         options.observations,
@@ -319,6 +322,19 @@ def _zero_shot(options: argparse.Namespace) -> int:
         answer.plot(options.picture)
         print(f"wrote {options.picture}", file=sys.stderr)
     return 0
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    """Variables by name from a JSON file."""
+    if not path.is_file():
+        raise DataNotFoundError(f"there is no {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AuxiliaryError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise AuxiliaryError(f'{path} must hold an object of variables, like {{"bio01": 95}}')
+    return content
 
 
 def _fill(text: str | None) -> str | dict[str, str] | None:

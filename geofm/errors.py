@@ -9,6 +9,7 @@ __all__ = [
     "AuxiliaryError",
     "BandError",
     "CardError",
+    "DataNotFoundError",
     "DownloadError",
     "GeofmError",
     "HashMismatchError",
@@ -38,6 +39,10 @@ class BandError(GeofmError, ValueError):
 
 class CardError(GeofmError, ValueError):
     """A weight card is malformed; the message names the card and the field."""
+
+
+class DataNotFoundError(GeofmError, FileNotFoundError):
+    """A file or folder of data is not where it was said to be."""
 
 
 class DownloadError(GeofmError, OSError):

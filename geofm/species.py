@@ -150,27 +150,22 @@ def name_species(
     names = [variable.name for variable in variables]
     parts: list[torch.Tensor] = []
     samples: list[str] = []
+    incomplete = 0
     for batch in _batches(iter(source), batch_size):
         stacked = collate(batch, names)
-        prediction = classifier.predict(
-            stacked["images"],
-            stacked["auxiliary"],
-            stacked["image_mask"],
-            stacked["auxiliary_mask"],
-            batch_size,
-        )
-        parts.append(prediction.probabilities)
+        inputs = [stacked[k] for k in ("images", "auxiliary", "image_mask", "auxiliary_mask")]
+        parts.append(classifier.predict(*inputs, batch_size=batch_size).probabilities)
         samples += stacked["sample_ids"]
+        incomplete += int((~stacked["auxiliary_mask"].all(dim=1)).sum())
     if not parts:
         raise ModelError("there are no observations to name")
-    known = (~stacked["auxiliary"].isnan()).sum(1)
-    if int(known.min()) < len(names):
+    if incomplete:
         logger.warning(
-            "some of the %d environmental variables are unknown (the last batch has %d to %d); "
-            "they take the middle of their range",
+            "%d of %d observations lack some of the %d environmental variables, which then take "
+            "the middle of their range",
+            incomplete,
+            len(samples),
             len(names),
-            int(known.min()),
-            int(known.max()),
         )
     return SpeciesAnswer(
         Prediction(torch.cat(parts), classifier.taxa, classifier.temperature),

@@ -91,6 +91,7 @@ def test_the_command_writes_a_table_and_a_picture(
         ("nowhere.tar", "Fagus sylvatica", "there is no"),
         (__file__, "Fagus sylvatica", "is neither GlobalGeoTree shards"),
         (None, "Fagus silvatica", "near: Fagus sylvatica"),
+        (None, "nowhere.csv", "there is no table of species nowhere.csv"),
     ],
 )
 def test_what_cannot_be_answered_is_explained(
@@ -118,3 +119,31 @@ def test_broken_samples_are_counted_if_asked_for(
     answer = geofm.name_species(tiny, broken, NAMES, skip_broken=True)
     assert 0 < len(answer.samples) < 9
     assert answer.report.skipped.total() > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-o", "nowhere/a.csv"], "there is no folder nowhere"),
+        (["--picture", "nowhere/a.png"], "there is no folder nowhere"),
+        (["--auxiliary", "nowhere.json"], "there is no nowhere.json"),
+        (["--auxiliary", __file__], "is no JSON"),
+    ],
+)
+def test_files_that_are_not_there_are_named_before_anything_is_computed(
+    words: list[str], message: str, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["zero-shot", str(shards), "--species", "Fagus sylvatica", *words]
+    assert main([*arguments, "--model", "geotreeclip_tiny", "--no-pretrained"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_unknown_environments_are_counted_over_all_batches(
+    tiny: GeoTreeCLIP, shards: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    observations = list(open_observations(shards))
+    lacking = sum(any(v is None for v in o.auxiliary.values()) for o in observations)
+    assert 0 < lacking < len(observations)
+    with caplog.at_level("WARNING", logger="geofm"):
+        geofm.name_species(tiny, shards, NAMES, batch_size=2)
+    assert f"{lacking} of 9 observations lack" in caplog.text

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from geofm.errors import BandError, GeofmError, PixelError
+from geofm.errors import BandError, DataNotFoundError, PixelError
 from geofm.spectral import match_bands, missing_message
 
 __all__ = [
@@ -34,10 +34,6 @@ MONTHS: Final = 12
 SIDE: Final = 5
 # As in geofm.preprocess: no real scene stays below this everywhere; reflectance does.
 LOOKS_LIKE_REFLECTANCE: Final = 3.0
-
-
-class DataNotFoundError(GeofmError, FileNotFoundError):
-    """A file or folder of data is not where it was said to be."""
 
 
 class Position(NamedTuple):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 
-from geofm.errors import TaxonError
+from geofm.errors import DataNotFoundError, TaxonError
 
 __all__ = ["LEAF_TYPES", "LEVELS", "Taxon", "TaxonError", "builtin_taxa", "read_taxa"]
 
@@ -104,7 +104,12 @@ def read_rows(path: str | Path) -> tuple[frozenset[str], list[Row]]:
 
     Returns:
         The columns' names, and a row for each line.
+
+    Raises:
+        DataNotFoundError: There is no such file.
     """
+    if not Path(path).is_file():
+        raise DataNotFoundError(f"there is no table of species {path}")
     with Path(path).open(encoding="utf-8-sig", newline="") as file:
         first = file.readline()
         file.seek(0)
