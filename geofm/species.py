@@ -153,8 +153,14 @@ def name_species(
     incomplete = 0
     for batch in _batches(iter(source), batch_size):
         stacked = collate(batch, names)
-        inputs = [stacked[k] for k in ("images", "auxiliary", "image_mask", "auxiliary_mask")]
-        parts.append(classifier.predict(*inputs, batch_size=batch_size).probabilities)
+        prediction = classifier.predict(
+            stacked["images"],
+            stacked["auxiliary"],
+            stacked["image_mask"],
+            stacked["auxiliary_mask"],
+            batch_size,
+        )
+        parts.append(prediction.probabilities)
         samples += stacked["sample_ids"]
         incomplete += int((~stacked["auxiliary_mask"].all(dim=1)).sum())
     if not parts:
