@@ -9,19 +9,22 @@ if TYPE_CHECKING:
     from geofm.pretrain.clip import ContrastiveLanguageImage
     from geofm.pretrain.contrast import MomentumContrast, SeasonContrast
     from geofm.pretrain.method import Exported, Method
-    from geofm.pretrain.mpmae import MaskedAutoencoder, Modality
+    from geofm.pretrain.mpmae import MaskedAutoencoder
+    from geofm.pretrain.pretext import MODALITIES, Modality
 
 _LAZY = {
+    "MODALITIES": "pretext",
     "ContrastiveLanguageImage": "clip",
     "Exported": "method",
     "MaskedAutoencoder": "mpmae",
     "Method": "method",
-    "Modality": "mpmae",
+    "Modality": "pretext",
     "MomentumContrast": "contrast",
     "SeasonContrast": "contrast",
 }
 
 __all__ = [
+    "MODALITIES",
     "ContrastiveLanguageImage",
     "Exported",
     "MaskedAutoencoder",

@@ -1,0 +1,445 @@
+"""MP-MAE: masked autoencoding of satellite tiles with many pretext targets.
+
+Source: Nedungadi et al., MMEarth, ECCV 2024 (arXiv 2405.02771), and the outputs of its published
+code. The published encoder runs on sparse tensors: a site exists only where its patch is visible.
+The same numbers come out of plain tensors here. What works on single sites (norms, linear layers,
+GRN) and within a patch (stem, downsampling) runs on the visible sites alone, laid out one site per
+row; only the depthwise 7×7 convolution, whose window crosses patches, runs on the whole grid, with
+zeros at the removed ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from geofm.errors import BandError, ModelError
+from geofm.layouts import mmearth
+from geofm.models.mpmae import LAYER_NORM_EPS, MPMAE, Block
+from geofm.pretrain.masked_encoder import encode_visible
+from geofm.pretrain.method import Exported, Method, draws_of, random_of
+from geofm.pretrain.pretext import (
+    MODALITIES,
+    Modality,
+    UncertaintyWeighting,
+    cross_entropy,
+    patch_error,
+    squared_error,
+)
+from geofm.pretrain.visible import Visible
+from geofm.registry import architecture
+
+__all__ = ["BANDS", "MaskedAutoencoder"]
+
+BANDS: Final = tuple("B1 B2 B3 B4 B5 B6 B7 B8A B8 B9 B11 B12".split())
+"""Channels of the modality ``sentinel2``, in MMEarth's order: B8A comes before B8."""
+
+# The sparse pretraining encoder's; the decoder's block is the dense one with its own 1e-4.
+_ENCODER_GRN_EPS = 1e-6
+# Purposes of a sample's random numbers (`random_of`).
+_CROP, _MASK = 0, 1
+
+
+class MaskedAutoencoder(Method):
+    """Pretrain an MP-MAE encoder: hide most patches, predict every modality.
+
+    The encoder is that of ``geofm.create_model(encoder_name)`` and its weights load there as they
+    are. Named as published: ``mask_token``, ``proj``, ``pred_dict``, ``layer_norm_tmp``,
+    ``loss_fn.log_vars``; the block that the published ``decoder_dict`` lists once per modality is
+    one module, ``decoder``, computed once. `load_state_dict` also takes the published layout.
+
+    Args:
+        encoder_name: ``"mpmae_atto"`` and the like.
+        patch_size: Side of a patch in px, a multiple of 8: 8 for tiles of 56 px, 16 for 112 px.
+        modalities: Targets: names out of `MODALITIES`, or a `Modality` of your own (or a mapping
+            of its fields, as in a recipe).
+        loss: ``"uncertainty"``: learned weights; ``"equal"``: plain sum.
+        grn_scope: Over which visible sites the encoder's global response normalization goes:
+            ``"sample"``: each sample's own, so a sample does not depend on its batch; ``"batch"``:
+            those of all samples of the batch, as published.
+        mask_ratio: Share of patches to remove; the visible ones are rounded down.
+        size: Side of the crop, in px; 7 patches by default.
+        input: Key of the batch that the encoder sees.
+        bands: Bands of the input to use, by name; None for all.
+        input_bands: All bands of the input, in order.
+        decoder_dim: Width of the decoder.
+        decoder_depth: Blocks of the decoder.
+        flips: Flip and turn tiles at random (as one, all pixel targets with them).
+        missing: What a NaN in a ``"pixels"`` target counts as: ``"zero"``: the value 0, as
+            published; ``"exclude"``: no error there, nor at values of exactly 0, which normalized
+            data hold where something is missing.
+
+    Raises:
+        ModelError: An argument is out of its range.
+        BandError: A band of `bands` is not among `input_bands`.
+    """
+
+    def __init__(
+        self,
+        encoder_name: str = "mpmae_atto",
+        *,
+        patch_size: int = 8,
+        modalities: Sequence[str | Modality | Mapping[str, Any]] = tuple(MODALITIES),
+        loss: Literal["uncertainty", "equal"] = "uncertainty",
+        grn_scope: Literal["sample", "batch"] = "sample",
+        mask_ratio: float = 0.6,
+        size: int | None = None,
+        input: str = "sentinel2",
+        bands: Sequence[str] | None = None,
+        input_bands: Sequence[str] = BANDS,
+        decoder_dim: int = 512,
+        decoder_depth: int = 1,
+        flips: bool = False,
+        missing: Literal["zero", "exclude"] = "zero",
+    ) -> None:
+        super().__init__()
+        _check_choice("loss", loss, ("uncertainty", "equal"))
+        _check_choice("grn_scope", grn_scope, ("sample", "batch"))
+        _check_choice("missing", missing, ("zero", "exclude"))
+        if not 0 < mask_ratio < 1:
+            raise ModelError(f"mask_ratio must lie between 0 and 1, got {mask_ratio!r}")
+        self.size = 7 * patch_size if size is None else size
+        if self.size < patch_size or self.size % patch_size:
+            raise ModelError(f"size {self.size} is not a multiple of patch_size {patch_size}")
+        self.encoder_name = encoder_name
+        self.patch_size = patch_size
+        self.modalities = _modalities(modalities)
+        self.grn_scope = grn_scope
+        self.mask_ratio = mask_ratio
+        self.input = input
+        self.flips = flips
+        self.missing = missing
+        self.bands = tuple(input_bands if bands is None else bands)
+        self._channels = _positions(self.bands, tuple(input_bands))
+
+        self.encoder = _encoder(encoder_name, len(self.bands), patch_size, self.size)
+        width = self.encoder.num_features
+        self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
+        self.proj = nn.Conv2d(width, decoder_dim, 1)
+        self.decoder = nn.Sequential(*(Block(decoder_dim) for _ in range(decoder_depth)))
+        self.layer_norm_tmp = nn.LayerNorm(decoder_dim, eps=LAYER_NORM_EPS)
+        self.pred_dict = nn.ModuleDict(
+            {m.name: _head(m, decoder_dim, patch_size) for m in self.modalities}
+        )
+        self.loss_fn = UncertaintyWeighting(len(self.modalities)) if loss == "uncertainty" else None
+        if not any(m.kind in ("vector", "category") for m in self.modalities):
+            # A parameter without gradient stops distributed training.
+            self.layer_norm_tmp.requires_grad_(False)
+        self._init_decoder()
+        self.register_load_state_dict_pre_hook(_from_published)  # type: ignore[no-untyped-call]
+
+    def _init_decoder(self) -> None:
+        for part in (self.proj, self.decoder, self.pred_dict):
+            for module in part.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    trunc_normal_(module.weight, std=0.02)
+                    nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """As published, nothing is exempt but biases and vectors; the mask token counts as one.
+
+        Returns:
+            The names of what is stored with more axes than it has.
+        """
+        names = {name for name, _ in self.named_parameters() if ".grn." in name}
+        return names | {"mask_token"}
+
+    def random_mask(self, batch: Mapping[str, Any], count: int, grid: int) -> Tensor:
+        """Which patches to remove.
+
+        Args:
+            batch: For its ``"draw"``.
+            count: Number of samples.
+            grid: Patches along a side.
+
+        Returns:
+            (count, grid²) bool, True where removed, row by row.
+        """
+        keep = _kept(grid, self.mask_ratio)
+        mask = torch.ones(count, grid * grid, dtype=torch.bool)
+        for row, draw in zip(mask, draws_of(batch, count), strict=True):
+            row[torch.from_numpy(random_of(draw, _MASK).permutation(grid * grid)[:keep])] = False
+        return mask
+
+    def encode(self, pixels: Tensor, mask: Tensor) -> Tensor:
+        """Features of the visible patches.
+
+        Args:
+            pixels: Prepared input, (N, in_chans, H, W), H and W the same multiple of `patch_size`.
+            mask: (N, h·w) or (N, h, w), True or 1 where a patch is removed; as many visible
+                patches in every sample.
+
+        Returns:
+            (N, C, h, w), zero at removed patches.
+
+        Raises:
+            ModelError: A shape does not fit, or samples differ in their number of visible patches.
+        """
+        grid = self._grid_of(pixels)
+        visible = Visible.of(mask, len(pixels), grid)
+        rows = encode_visible(self.encoder, pixels, visible, self.grn_scope)
+        return visible.to_grid(rows, side=1).contiguous()
+
+    def _grid_of(self, pixels: Tensor) -> int:
+        channels, (height, width) = self.encoder.in_chans, pixels.shape[-2:]
+        if pixels.ndim != 4 or pixels.shape[1] != channels:
+            raise ModelError(f"expected (N, {channels}, H, W), got {tuple(pixels.shape)}")
+        if height != width or height % self.patch_size or not height:
+            raise ModelError(
+                f"tiles must be squares of a multiple of {self.patch_size} px, the patch size; "
+                f"got {height}×{width}"
+            )
+        return int(height) // self.patch_size
+
+    def losses(
+        self, targets: Mapping[str, Any], encoded: Tensor, mask: Tensor
+    ) -> dict[str, Tensor]:
+        """Decode and compare with the targets.
+
+        Args:
+            targets: Each modality as its `Modality` says; tiles as large as the encoder's input.
+            encoded: From `encode`, (N, C, h, w).
+            mask: As given to `encode`.
+
+        Returns:
+            A scalar for each modality and ``"total"``. A modality without any known value in the
+            batch is 0 and adds nothing.
+
+        Raises:
+            ModelError: A modality is absent from `targets` or its shape does not fit.
+        """
+        count, _, grid, _ = encoded.shape
+        visible = Visible.of(mask, count, grid)
+        rows = encoded.permute(0, 2, 3, 1).flatten(0, 2)[visible.patches]
+        return self._losses(targets, rows, visible)
+
+    def _losses(
+        self, targets: Mapping[str, Any], rows: Tensor, visible: Visible
+    ) -> dict[str, Tensor]:
+        for m in self.modalities:
+            self._check_target(m, targets, visible)
+        proj = F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
+        token = self.mask_token.to(proj.dtype).flatten().expand(len(visible.removed), -1)
+        grid = proj.new_empty(visible.count * visible.grid**2, proj.shape[1])
+        grid = grid.index_copy(0, visible.patches, proj).index_copy(0, visible.removed, token)
+        decoded = self.decoder(visible.map_of(grid, 1)).permute(0, 2, 3, 1)
+        # Pixels are compared at removed patches only, so they are predicted only there.
+        hidden = decoded.flatten(0, 2)[visible.removed]
+        pooled = None
+        if self.layer_norm_tmp.weight.requires_grad:
+            pooled = self.layer_norm_tmp(decoded).mean((1, 2))
+        found = {}
+        for m in self.modalities:
+            source = hidden if m.spatial else pooled
+            assert source is not None
+            predicted = self._predict(m, source)
+            # Squares of half-precision numbers overflow.
+            with torch.autocast(predicted.device.type, enabled=False):
+                found[m.name] = self._loss(m, predicted.float(), targets[m.key], visible)
+        values = torch.stack(list(found.values()))
+        total = values.sum() if self.loss_fn is None else self.loss_fn(values)
+        return {**found, "total": total}
+
+    def _predict(self, m: Modality, source: Tensor) -> Tensor:
+        head = self.pred_dict[m.name]
+        return F.linear(source, head.weight.flatten(1), head.bias)  # type: ignore[operator, arg-type]
+
+    def _check_target(self, m: Modality, targets: Mapping[str, Any], visible: Visible) -> None:
+        if m.key not in targets:
+            raise ModelError(
+                f"the batch lacks the modality {m.key!r}; it has {', '.join(targets)}. Give "
+                f"modalities= without it to train without it"
+            )
+        side = visible.grid * self.patch_size
+        channels = 1 if m.kind == "classes" else m.channels
+        expected = (visible.count, channels, side, side) if m.spatial else (visible.count, channels)
+        if tuple(targets[m.key].shape) != expected:
+            raise ModelError(f"{m.name} should be {expected}, found {tuple(targets[m.key].shape)}")
+
+    def _loss(self, m: Modality, predicted: Tensor, target: Tensor, visible: Visible) -> Tensor:
+        if m.kind == "vector":
+            return squared_error(predicted, target)
+        if m.kind == "category":
+            known = target.sum(1) > 0
+            return cross_entropy(predicted, torch.where(known, target.argmax(1), -1))
+        target = visible.hidden_patches(target, self.patch_size)
+        predicted = predicted.view(len(predicted), -1, m.channels)
+        if m.kind == "classes":
+            # Classes before pixels: torch's softmax over a short last axis is five times slower.
+            return cross_entropy(predicted.transpose(1, 2), target[:, 0].long())
+        return patch_error(predicted, target.transpose(1, 2), m.patch_norm, self.missing)
+
+    def forward(self, batch: Mapping[str, Any], mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Losses of a batch: crop, mask, encode, decode, compare.
+
+        Args:
+            batch: The input and each modality, in tiles of at least `size` px; larger ones are
+                cropped, all pixel targets alike: at random in training, else in the centre.
+            mask: As in `encode`; None to draw one.
+
+        Returns:
+            As `losses`.
+
+        Raises:
+            ModelError: As `encode` and `losses`, or tiles are smaller than `size`.
+        """
+        if self.input not in batch:
+            raise ModelError(f"the batch lacks the input {self.input!r}; it has {', '.join(batch)}")
+        batch = self._crop(batch)
+        pixels = torch.nan_to_num(batch[self.input])
+        if self._channels is not None:
+            pixels = pixels[:, self._channels]
+        grid = self._grid_of(pixels)
+        if mask is None:
+            mask = self.random_mask(batch, len(pixels), grid)
+            visible = Visible.of(mask, len(pixels), grid).to(pixels.device)
+        else:
+            visible = Visible.of(mask.to(pixels.device), len(pixels), grid)
+        return self._losses(
+            batch, encode_visible(self.encoder, pixels, visible, self.grn_scope), visible
+        )
+
+    def _crop(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        names = {self.input, *(m.key for m in self.modalities if m.spatial and m.key in batch)}
+        height, width = batch[self.input].shape[-2:]
+        if min(height, width) < self.size:
+            raise ModelError(
+                f"tiles of {height}×{width} px are smaller than the crop of {self.size} px"
+            )
+        out = dict(batch)
+        if (height, width) == (self.size, self.size) and not (self.flips and self.training):
+            return out
+        count = len(batch[self.input])
+        moves = [(height - self.size) // 2, (width - self.size) // 2, 0]
+        if self.training:
+            plan = [self._random_move(draw, height, width) for draw in draws_of(batch, count)]
+        else:
+            plan = [moves] * count
+        for name in names:
+            if tuple(batch[name].shape[-2:]) != (height, width):
+                raise ModelError(
+                    f"{name} has {tuple(batch[name].shape[-2:])} px and {self.input} "
+                    f"{(height, width)}; they must cover the same pixels"
+                )
+            out[name] = torch.stack(
+                [_cut(tile, self.size, *move) for tile, move in zip(batch[name], plan, strict=True)]
+            )
+        return out
+
+    def _random_move(self, draw: int, height: int, width: int) -> list[int]:
+        """Row and column of the crop, and which of the eight turns of a square."""
+        random = random_of(draw, _CROP)
+        row = random.integers(height - self.size + 1)
+        column = random.integers(width - self.size + 1)
+        return [int(row), int(column), int(random.integers(8)) if self.flips else 0]
+
+    def export(self) -> Exported:
+        """The encoder, as ``geofm.create_model`` takes it.
+
+        Returns:
+            Its name, arguments and weights, without head.
+        """
+        return Exported(
+            self.encoder_name,
+            {
+                "in_chans": self.encoder.in_chans,
+                "patch_size": self.patch_size,
+                "img_size": self.size,
+            },
+            {name: value.detach() for name, value in self.encoder.state_dict().items()},
+        )
+
+
+def _cut(tile: Tensor, size: int, row: int, column: int, turn: int) -> Tensor:
+    """A square of (C, H, W), mirrored and turned by quarters as `turn` (0 to 7) says."""
+    tile = tile[:, row : row + size, column : column + size]
+    if turn >= 4:
+        tile = tile.flip(-1)
+    return torch.rot90(tile, turn % 4, (-2, -1))
+
+
+def _kept(grid: int, mask_ratio: float) -> int:
+    """Visible patches: 19 of 49 at 60 %. At least one, and at least one removed."""
+    return min(max(1, int(grid * grid * (1 - mask_ratio))), grid * grid - 1)
+
+
+def _modalities(modalities: Sequence[str | Modality | Mapping[str, Any]]) -> tuple[Modality, ...]:
+    found = []
+    for m in modalities:
+        if isinstance(m, Mapping):
+            m = Modality(**m)
+        elif isinstance(m, str):
+            if m not in MODALITIES:
+                raise ModelError(f"unknown modality {m!r}; known are {', '.join(MODALITIES)}")
+            m = MODALITIES[m]
+        found.append(m)
+    names = [m.name for m in found]
+    if not names or len(set(names)) < len(names):
+        raise ModelError(f"modalities must be at least one and each only once, got {names}")
+    return tuple(found)
+
+
+def _positions(bands: tuple[str, ...], available: tuple[str, ...]) -> list[int] | None:
+    absent = [band for band in bands if band not in available]
+    if absent or not bands:
+        raise BandError(
+            f"bands {', '.join(absent) or 'none'}: the input has {', '.join(available)}"
+        )
+    return None if bands == available else [available.index(band) for band in bands]
+
+
+def _encoder(name: str, in_chans: int, patch_size: int, size: int) -> MPMAE:
+    found = architecture(name)
+    if found.build is not MPMAE:
+        raise ModelError(f"{name} is no MP-MAE encoder; expected mpmae_atto or the like")
+    model = MPMAE(
+        in_chans=in_chans,
+        patch_size=patch_size,
+        img_size=size,
+        stem_padding="aligned",
+        grn_eps=_ENCODER_GRN_EPS,
+        **found.arguments,
+    )
+    # The norm of the classification head has no part in pretraining.
+    model.norm = nn.Identity()
+    return model
+
+
+def _head(m: Modality, width: int, patch_size: int) -> nn.Module:
+    if m.spatial:
+        return nn.Conv2d(width, patch_size**2 * m.channels, 1)
+    return nn.Linear(width, m.channels)
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ModelError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def _from_published(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Rewrite a state dict of the published pretraining code, in place."""
+    assert isinstance(module, MaskedAutoencoder)
+    names = [key for key in state if key.startswith(prefix)]
+    mine = {key.removeprefix(prefix): state[key] for key in names}
+    sparse = {key: value for key, value in mine.items() if key.startswith("encoder.")}
+    if mmearth.matches(sparse):
+        for key in sparse:
+            del state[prefix + key]
+        state.update(
+            {f"{prefix}encoder.{key}": value for key, value in mmearth.convert(sparse).items()}
+        )
+    for key, value in mine.items():
+        parts = key.split(".")
+        if parts[0] == "decoder_dict":
+            # All modalities share one decoder, which the published code lists under each.
+            del state[prefix + key]
+            state[".".join([prefix + "decoder", *parts[2:]])] = value
+    if prefix + "loss_fn.log_vars" in state and module.loss_fn is None:
+        # The published code keeps them also where it does not use them.
+        del state[prefix + "loss_fn.log_vars"]

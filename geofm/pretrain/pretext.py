@@ -1,0 +1,162 @@
+"""Pretext targets of MP-MAE: what kinds there are, and how a prediction is compared with one.
+
+Source: Nedungadi et al., MMEarth, ECCV 2024 (arXiv 2405.02771), and the outputs of its published
+code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "MODALITIES",
+    "Modality",
+    "UncertaintyWeighting",
+    "cross_entropy",
+    "patch_error",
+    "squared_error",
+]
+
+# Added to the variance of a target patch before it is divided by.
+_PATCH_EPS = 1e-6
+
+Kind = Literal["pixels", "classes", "vector", "category"]
+
+
+@dataclass(frozen=True, slots=True)
+class Modality:
+    """One pretext target.
+
+    Attributes:
+        name: What its loss is called, and its key in a batch.
+        kind: ``"pixels"``: (N, channels, H, W) values per pixel, squared error. ``"classes"``:
+            (N, 1, H, W) integers per pixel below `channels`, -1 where unknown, cross-entropy.
+            ``"vector"``: (N, channels) values per tile, NaN where unknown, squared error.
+            ``"category"``: (N, channels) one-hot per tile, all zero where unknown, cross-entropy.
+        channels: Channels, values or classes.
+        patch_norm: Bring each patch of a ``"pixels"`` target to mean 0 and variance 1.
+        source: Key in a batch, where it is not the name: one array may be two targets, for
+            example each patch's structure (`patch_norm`) and the values themselves.
+    """
+
+    name: str
+    kind: Kind
+    channels: int
+    patch_norm: bool = False
+    source: str = ""
+
+    @property
+    def key(self) -> str:
+        """Its key in a batch."""
+        return self.source or self.name
+
+    @property
+    def spatial(self) -> bool:
+        """Whether there is a target for each pixel."""
+        return self.kind in ("pixels", "classes")
+
+
+MODALITIES: Final = {
+    m.name: m
+    for m in (
+        Modality("sentinel2", "pixels", 12, patch_norm=True),
+        Modality("sentinel1", "pixels", 8),
+        Modality("aster", "pixels", 2),
+        Modality("era5", "vector", 12),
+        Modality("dynamic_world", "classes", 9),
+        Modality("canopy_height_eth", "pixels", 2),
+        Modality("lat", "vector", 2),
+        Modality("lon", "vector", 2),
+        Modality("biome", "category", 14),
+        Modality("eco_region", "category", 846),
+        Modality("month", "vector", 2),
+        Modality("esa_worldcover", "classes", 11),
+    )
+}
+"""The twelve targets of MMEarth, in the order of the published loss."""
+
+
+class UncertaintyWeighting(nn.Module):
+    """Learned weights of losses: the sum of ``exp(-s) · loss + s`` with one s for each.
+
+    Source: Kendall et al., CVPR 2018 (arXiv 1705.07115), as the published MP-MAE code has it.
+
+    Args:
+        count: Number of losses.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.log_vars = nn.Parameter(torch.zeros(count))
+
+    def forward(self, losses: Tensor) -> Tensor:
+        """Combine losses.
+
+        Args:
+            losses: (count,). One of exactly 0 had nothing to compare and adds nothing.
+
+        Returns:
+            A scalar.
+        """
+        weighted = torch.exp(-self.log_vars) * losses + self.log_vars
+        return torch.where(losses != 0, weighted, torch.zeros_like(weighted)).sum()
+
+
+def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error over known values.
+
+    Args:
+        predicted: Any shape.
+        target: The same shape; NaN where unknown.
+
+    Returns:
+        A scalar; 0 if nothing is known.
+    """
+    known = ~torch.isnan(target)
+    error = torch.where(known, predicted - torch.nan_to_num(target), 0).square().sum()
+    return error / known.sum().clamp(min=1)
+
+
+def cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
+    """Mean cross-entropy over known classes.
+
+    Args:
+        logits: (N, classes) or (N, classes, L).
+        classes: (N,) or (N, L) integers; -1 where unknown.
+
+    Returns:
+        A scalar; 0 if nothing is known.
+    """
+    total = F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum")
+    return total / (classes != -1).sum().clamp(min=1)
+
+
+def patch_error(predicted: Tensor, target: Tensor, patch_norm: bool, missing: str) -> Tensor:
+    """Mean squared error over values, then over the patches whose error is not 0.
+
+    Args:
+        predicted: (R, patch², channels).
+        target: The same shape; NaN where unknown.
+        patch_norm: Bring each target patch to mean 0 and variance 1 (unbiased, eps 1e-6).
+        missing: ``"zero"``: NaN counts as 0, as published; ``"exclude"``: NaN and values of exactly
+            0, which normalized data hold where something is missing, do not count.
+
+    Returns:
+        A scalar; 0 if nothing is known.
+    """
+    target = torch.nan_to_num(target).float()
+    known = target != 0 if missing == "exclude" else torch.ones_like(target, dtype=torch.bool)
+    number = known.sum((1, 2)).clamp(min=1)
+    if patch_norm:
+        weight = known.float()
+        mean = (target * weight).sum((1, 2)) / number
+        centred = (target - mean[:, None, None]) * weight
+        variance = centred.square().sum((1, 2)) / (number - 1).clamp(min=1)
+        target = centred / (variance + _PATCH_EPS).sqrt()[:, None, None]
+    error = torch.where(known, predicted - target, 0).square().sum((1, 2)) / number
+    return error.sum() / (error != 0).sum().clamp(min=1)
