@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Exit status: 0, or 2 after an error that was explained.
     """
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parsed(parser, arguments)
     _say_what_happens(options.verbose)
     try:
         status: int = options.run(options)
@@ -42,6 +43,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return status
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(w.startswith("-") for w in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        # argparse takes a command's words only up to the first option: pretrain A --quick b=1.
+        words = [*([options.recipe] if options.recipe else []), *options.overrides, *rest]
+        options.recipe, options.overrides = words[0], words[1:]
+    return options
 
 
 def _say_what_happens(verbose: bool) -> None:
@@ -89,10 +101,18 @@ def _parser() -> argparse.ArgumentParser:
     cache.set_defaults(run=_cache)
 
     sample = commands.add_parser("sample", help="write generated samples, for trying things out")
-    sample.add_argument("kind", choices=("scene", "eurosat", "globalgeotree"))
+    kinds = ("scene", "eurosat", "globalgeotree", "mmearth", "ssl4eco")
+    sample.add_argument("kind", choices=kinds)
     sample.add_argument("output", type=Path, help="GeoTIFF (scene) or folder (the others)")
     sample.add_argument("--size", type=int, default=None, help="side in px")
-    sample.add_argument("--n", type=int, default=6, help="tiles per class, or observations")
+    sample.add_argument(
+        "--n",
+        type=int,
+        default=None,
+        help="tiles per class (eurosat: 6), observations (globalgeotree: 6), tiles (mmearth: 64) "
+        "or places (ssl4eco: 16)",
+    )
+    sample.add_argument("--dates", type=int, default=4, help="of a place (ssl4eco)")
     sample.add_argument("--level", choices=("L1C", "L2A"), default="L2A", help="of the scene")
     sample.add_argument("--day", type=int, default=180, help="day of the year (scene)")
     sample.add_argument("--seed", type=int, default=0)
@@ -100,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_embed(commands)
     _add_zero_shot(commands)
+    _add_pretrain(commands)
     return parser
 
 
@@ -151,6 +172,38 @@ def _add_zero_shot(commands: Any) -> None:
     command.add_argument("--georeference", type=Path, help="a raster of the series' place")
     command.add_argument("--skip", action="store_true", help="leave out and count broken samples")
     command.set_defaults(run=_zero_shot)
+
+
+def _add_pretrain(commands: Any) -> None:
+    command = commands.add_parser(
+        "pretrain", help="pretrain by a recipe", description="Without a recipe: list them."
+    )
+    command.add_argument("recipe", nargs="?", help="name of a recipe, or a .yaml file")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="for example data.path=/data train.batch=64",
+    )
+    command.add_argument("-o", "--output", type=Path, help="folder of the run (runs/<recipe>)")
+    command.add_argument("--quick", action="store_true", help="a trial on generated samples")
+    command.add_argument("--dry-run", action="store_true", help="say what would be run")
+    command.add_argument(
+        "--resume", default="auto", metavar="auto|none|PATH", help="where to go on (%(default)s)"
+    )
+    command.add_argument(
+        "--export-only", action="store_true", help="write weights and card of the run's checkpoint"
+    )
+    command.add_argument(
+        "--checkpoint", choices=("last", "best"), default="last", help="with --export-only"
+    )
+    command.set_defaults(run=_pretrain)
+
+    push = commands.add_parser("push", help="upload a run's weights to the Hugging Face hub")
+    push.add_argument("folder", type=Path, metavar="RUN_DIR")
+    push.add_argument("repo", metavar="OWNER/NAME")
+    push.add_argument("--private", action="store_true", help="make a private repository")
+    push.set_defaults(run=_push)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -225,10 +278,24 @@ def _sample(options: argparse.Namespace) -> int:
     elif options.kind == "globalgeotree":
         from geofm.datasets import write_shards
 
-        write_shards(options.output, options.n, seed=options.seed)
+        write_shards(options.output, options.n or 6, seed=options.seed)
+    elif options.kind == "mmearth":
+        from geofm.datasets.mmearth_samples import write_mmearth
+
+        write_mmearth(options.output, n=options.n or 64, size=options.size or 64, seed=options.seed)
+    elif options.kind == "ssl4eco":
+        from geofm.datasets.ssl4eco_samples import write_ssl4eco
+
+        write_ssl4eco(
+            options.output,
+            n=options.n or 16,
+            dates=options.dates,
+            size=options.size or 64,
+            seed=options.seed,
+        )
     else:
         samples.write_eurosat(
-            options.output, n_per_class=options.n, seed=options.seed, size=options.size or 64
+            options.output, n_per_class=options.n or 6, seed=options.seed, size=options.size or 64
         )
     print(f"wrote {options.output} (generated, not an observation)")
     return 0
@@ -321,6 +388,47 @@ def _zero_shot(options: argparse.Namespace) -> int:
     if options.picture:
         answer.plot(options.picture)
         print(f"wrote {options.picture}", file=sys.stderr)
+    return 0
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from geofm.pretrain.recipe import load_recipe, recipe_names
+
+    if options.recipe is None:
+        print("\n".join(recipe_names()))
+        return 0
+    recipe = load_recipe(options.recipe, options.overrides, quick=options.quick)
+    folder = options.output or Path("runs") / recipe.name
+    if options.dry_run:
+        from geofm.pretrain.dry_run import describe
+
+        print(describe(recipe, world=int(os.environ.get("WORLD_SIZE", "1"))))
+        return 0
+    if options.export_only:
+        from geofm.pretrain.export import export_run
+
+        card = export_run(folder, options.checkpoint, half=recipe.output.half)
+        print(f"wrote {card.path}: {card.training['steps']} steps")
+        return 0
+    from geofm.pretrain.loop import pretrain
+
+    words = [options.recipe, *options.overrides, *(["--quick"] if options.quick else [])]
+    run = pretrain(recipe, folder, options.resume, f"geofm pretrain {shlex.join(words)}")
+    if run.fabric.is_global_zero and run.progress.step == run.steps:
+        (card_path,) = folder.glob("*.toml")
+        model = card_path.name.partition(".")[0]
+        print(
+            f"wrote {card_path}; load it: geofm.create_model({model!r}, pretrained={str(folder)!r})"
+        )
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from geofm.pretrain.push import push_run
+
+    pushed = push_run(options.folder, options.repo, options.private)
+    print(f"uploaded to {pushed.repo}, revision {pushed.revision}. In a card of your own:\n")
+    print(pushed.source)
     return 0
 
 

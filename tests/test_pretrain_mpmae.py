@@ -268,11 +268,11 @@ def test_excluded_pixels_leave_the_mean_over_the_others() -> None:
 
 
 def test_one_array_can_be_two_targets() -> None:
-    values = {"name": "values", "kind": "pixels", "channels": 12, "source": "sentinel2"}
+    values = {"name": "reflectance", "kind": "pixels", "channels": 12, "source": "sentinel2"}
     method = MaskedAutoencoder("mpmae_atto", modalities=["sentinel2", values], decoder_dim=16)
     losses = method(tile_batch(2))
-    assert list(losses) == ["sentinel2", "values", "total"]
-    assert losses["sentinel2"] != losses["values"]
+    assert list(losses) == ["sentinel2", "reflectance", "total"]
+    assert losses["sentinel2"] != losses["reflectance"]
 
 
 def test_a_subset_of_bands_and_targets_trains() -> None:
@@ -301,6 +301,7 @@ def test_a_subset_of_bands_and_targets_trains() -> None:
     [
         ({"modalities": ["sentinel3"]}, "unknown modality 'sentinel3'"),
         ({"modalities": []}, "at least one"),
+        ({"modalities": [Modality("values", "pixels", 1)]}, "cannot name a modality"),
         ({"bands": ["B4", "B10"]}, "B10: the input has B1"),
         ({"mask_ratio": 1.0}, "between 0 and 1"),
         ({"size": 60}, "multiple of patch_size"),

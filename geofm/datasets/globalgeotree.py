@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from geofm.datasets._shards import MEMBERS, Group, ShardError, Share, groups, read_tensor
+from geofm.datasets.globalgeotree_hub import HubShard
 from geofm.datasets.globalgeotree_samples import write_shards
 from geofm.datasets.observations import (
     BANDS,
@@ -57,7 +58,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+Paths = str | os.PathLike[str] | HubShard | Sequence[str | os.PathLike[str] | HubShard]
 
 _LEVELS: Final = ("level0", "level1_family", "level2_genus", "level3_species")
 
@@ -113,7 +114,8 @@ def shards_for(
     each among some of the processes.
 
     Args:
-        paths: The shards in a fixed order, the same for every process.
+        paths: The shards in a fixed order, the same for every process. This process's shards of
+            the hub are fetched now.
         rank: Of this process, below `world_size`.
         world_size: Number of ranks.
         worker: Number of the DataLoader worker in its rank, below `n_workers`.
@@ -126,23 +128,44 @@ def shards_for(
         DataNotFoundError: A path does not exist.
         ValueError: A number is out of its range.
     """
+    files = expand_paths(paths)
+    parts = divide(len(files), rank, world_size, worker, n_workers)
+    return tuple(Share(i, local(files[i]), offset, step) for i, offset, step in parts)
+
+
+def divide(
+    count: int, rank: int, world_size: int, worker: int, n_workers: int
+) -> list[tuple[int, int, int]]:
+    """What `shards_for` does, with the shards' numbers alone.
+
+    Args:
+        count: Number of shards.
+        rank: As in `shards_for`.
+        world_size: As in `shards_for`.
+        worker: As in `shards_for`.
+        n_workers: As in `shards_for`.
+
+    Returns:
+        Number of the shard, offset and step of each share, in the order of the shards.
+
+    Raises:
+        ValueError: A number is out of its range.
+    """
     if not (0 <= rank < world_size and 0 <= worker < n_workers):
         raise ValueError(
             f"rank {rank} of {world_size} and worker {worker} of {n_workers}: expected numbers "
             f"from 0 to one below the count"
         )
-    files = _expand(paths)
     # Neighbouring numbers are different ranks, so that few shards still reach every rank.
     number, consumers = worker * world_size + rank, world_size * n_workers
-    rest = len(files) % consumers
-    whole = len(files) - rest
-    shares = [Share(i, files[i]) for i in range(number, whole, consumers)]
+    rest = count % consumers
+    whole = count - rest
+    parts = [(i, 0, 1) for i in range(number, whole, consumers)]
     if rest:
         turn, place = divmod(number, rest)
         # The processes whose number leaves the same remainder share one of the shards.
-        step = len(range(place, consumers, rest))
-        shares.append(Share(whole + place, files[whole + place], turn, step))
-    return tuple(shares)
+        parts.append((whole + place, turn, len(range(place, consumers, rest))))
+    return parts
 
 
 def read_shards(
@@ -152,7 +175,7 @@ def read_shards(
     bands: Sequence[str] | None = None,
     errors: str = "raise",
     start: tuple[int, int] = (0, 0),
-    shares: Sequence[Share] | None = None,
+    shares: Iterable[Share] | None = None,
     worker: int = 0,
     report: ReadReport | None = None,
 ) -> Iterator[Observation]:
@@ -162,7 +185,9 @@ def read_shards(
     other names are ignored. A variable that the JSON lacks counts as missing and is reported.
 
     Args:
-        paths: A tar file, a folder of them (``*.tar``, sorted by name), or a sequence of tar files.
+        paths: A tar file, a folder of them (``*.tar``, sorted by name), or a sequence of tar files
+            and of shards on the hub, as `geofm.datasets.globalgeotree_hub.shards_from_hub` names
+            them.
         auxiliary_names: Variables to keep, in order; None for all in the JSON, in its order.
         bands: Bands to keep, in order, by name; None for `BANDS`.
         errors: ``"raise"``, or ``"skip"`` to leave out samples that cannot be read. They are
@@ -190,7 +215,7 @@ def read_shards(
         raise ValueError(f"errors is {errors!r}; expected 'raise' or 'skip'")
     selected, names = band_indices(BANDS if bands is None else bands, BANDS, "the reader")
     if shares is None:
-        shares = shards_for(paths)
+        shares = _shares_when_due(expand_paths(paths), start[0])
     decode = _Decoder(
         tuple(selected),
         names,
@@ -238,7 +263,7 @@ class GlobalGeoTree(IterableDataset[Observation]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        self.paths = _expand(paths)
+        self.paths = expand_paths(paths)
         if errors not in ("raise", "skip"):
             raise ValueError(f"errors is {errors!r}; expected 'raise' or 'skip'")
         _, self.bands = band_indices(BANDS if bands is None else bands, BANDS, "the reader")
@@ -257,22 +282,37 @@ class GlobalGeoTree(IterableDataset[Observation]):
         info = get_worker_info()
         worker, n_workers = (0, 1) if info is None else (info.id, info.num_workers)
         self.report = ReadReport()
+        start = self.start.get(worker, (0, 0))
+        parts = divide(len(self.paths), self.rank, self.world_size, worker, n_workers)
         return read_shards(
             self.paths,
             auxiliary_names=self.auxiliary_names,
             bands=self.bands,
             errors=self.errors,
-            start=self.start.get(worker, (0, 0)),
-            shares=shards_for(self.paths, self.rank, self.world_size, worker, n_workers),
+            start=start,
+            shares=_shares_when_due(self.paths, start[0], parts),
             worker=worker,
             report=self.report,
         )
 
 
-def _expand(paths: Paths) -> tuple[Path, ...]:
-    """The tar files that are meant, all of them present."""
-    if not isinstance(paths, str | os.PathLike):
-        files = tuple(Path(path) for path in paths)
+def expand_paths(paths: Paths) -> tuple[Path | HubShard, ...]:
+    """The shards that are meant.
+
+    Args:
+        paths: As in `read_shards`.
+
+    Returns:
+        Tar files, all of them present, and shards on the hub, which may not be fetched yet.
+
+    Raises:
+        DataNotFoundError: A path does not exist, or there is none.
+    """
+    files: tuple[Path | HubShard, ...]
+    if isinstance(paths, HubShard):
+        files = (paths,)
+    elif not isinstance(paths, str | os.PathLike):
+        files = tuple(path if isinstance(path, HubShard) else Path(path) for path in paths)
         if not files:
             raise DataNotFoundError("no shards were given")
     elif Path(paths).is_dir():
@@ -282,13 +322,39 @@ def _expand(paths: Paths) -> tuple[Path, ...]:
     else:
         files = (Path(paths),)
     for file in files:
-        if not file.is_file():
+        if isinstance(file, Path) and not file.is_file():
             raise DataNotFoundError(f"there is no shard {file}")
     return files
 
 
+def local(file: Path | HubShard) -> Path:
+    """Where a shard lies on this machine.
+
+    Args:
+        file: From `expand_paths`.
+
+    Returns:
+        Its path, once it is there.
+
+    Raises:
+        DownloadError: It is on the hub and cannot be fetched.
+    """
+    return file.fetch() if isinstance(file, HubShard) else file
+
+
+def _shares_when_due(
+    files: Sequence[Path | HubShard],
+    first: int = 0,
+    parts: Sequence[tuple[int, int, int]] | None = None,
+) -> Iterator[Share]:
+    """Shares from the `first` shard on, each fetched only when its turn comes."""
+    for index, offset, step in divide(len(files), 0, 1, 0, 1) if parts is None else parts:
+        if index >= first:
+            yield Share(index, local(files[index]), offset, step)
+
+
 def _read(
-    shares: Sequence[Share], start: tuple[int, int], decode: _Decoder, skip: bool
+    shares: Iterable[Share], start: tuple[int, int], decode: _Decoder, skip: bool
 ) -> Iterator[Observation]:
     report = decode.report
     try:

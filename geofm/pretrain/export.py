@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from geofm import __version__, registry
+from geofm.adapt import spec_for_bands
 from geofm.auxiliary import Variable
 from geofm.cards import InputSpec, WeightCard, published_cards, read_card
 from geofm.errors import ModelError
@@ -102,6 +103,10 @@ def card_facts(recipe: Recipe, dataset: Any, method: Method, command: str) -> di
             f"{type(dataset).__name__} has no input_spec(), so the weight card could not say what "
             f"the trained model expects"
         )
+    bands = getattr(method, "bands", spec.bands)
+    if tuple(bands) != spec.bands:
+        # A method may use some of the dataset's bands, or in another order.
+        spec = spec_for_bands(spec, bands)
     size = exported.arguments.get("img_size") or recipe.model.get("size") or spec.size
     variables = getattr(dataset, "variables", published.auxiliary) if dual else ()
     facts: dict[str, Any] = {
@@ -154,7 +159,11 @@ def export_run(folder: str | Path, which: str = "last", half: bool | None = None
     name = f"{exported.model}.{recipe.card.tag}"
     file = folder / f"{name}.safetensors"
     part = file.with_name(f".{file.name}.part")
+    # Safetensors' files are their owner's alone; those of a run are as the umask decides.
+    part.touch()
+    mode = part.stat().st_mode
     save_file(weights, part, {"format": "pt"})
+    part.chmod(mode)
     part.replace(file)
     arguments = {"in_chans": len(state["card"]["input"]["bands"]), **exported.arguments}
     content = _card(recipe, name, arguments, state, file)
@@ -162,7 +171,7 @@ def export_run(folder: str | Path, which: str = "last", half: bool | None = None
     part = path.with_name(f".{path.name}.part")
     part.write_text(toml(content), encoding="utf-8")
     card = read_card(part)
-    for other in folder.glob("*.toml"):
+    for other in folder.glob(f"{exported.model}.*.toml"):
         # A folder of weights has one card; the run's tag may have changed.
         other.unlink()
     part.replace(path)

@@ -9,7 +9,6 @@ import importlib
 import json
 import logging
 import math
-import os
 import resource
 import signal
 import sys
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from geofm.errors import GeofmError, MissingExtraError, ModelError
+from geofm.errors import GeofmError, ModelError
 from geofm.pretrain.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -34,10 +33,10 @@ from geofm.pretrain.checkpoint import (
     restore_random_states,
     write_state,
 )
-from geofm.pretrain.export import build_method, card_facts, export_run, method_class
+from geofm.pretrain.devices import make_fabric, make_optimizer
+from geofm.pretrain.export import build_method, card_facts, export_run
 from geofm.pretrain.feed import Batch, Feed, open_data, open_feed
 from geofm.pretrain.journal import Journal
-from geofm.pretrain.method import Method
 from geofm.pretrain.plan import Plan, learning_rate, lengths, plan_for
 from geofm.pretrain.recipe import Recipe, differences, read_recipe, to_yaml
 
@@ -149,7 +148,7 @@ def setup(recipe: Recipe, folder: Path, resume: str, command: str) -> Run:
     Returns:
         The run, ready for `fit`.
     """
-    fabric = _fabric(recipe)
+    fabric = make_fabric(recipe)
     fabric.launch()
     fabric.seed_everything(recipe.train.seed, verbose=False)
     plan = plan_for(recipe, fabric.world_size, fabric.global_rank)
@@ -160,7 +159,7 @@ def setup(recipe: Recipe, folder: Path, resume: str, command: str) -> Run:
     steps, warmup = lengths(recipe, feed.steps_per_epoch)
     method = build_method(recipe)
     facts = card_facts(recipe, dataset, method, command)
-    optimizer = _optimizer(recipe, plan, method)
+    optimizer = make_optimizer(recipe, plan, method)
     working = torch.compile(method) if recipe.train.compile else method
     module, optimizer = fabric.setup(working, optimizer)
     # From here on processes may differ in what they leave to chance.
@@ -300,52 +299,6 @@ def save(run: Run) -> None:
 
 
 # --- the parts of setup -------------------------------------------------------------------------
-
-
-def _fabric(recipe: Recipe) -> Any:
-    try:
-        lightning = importlib.import_module("lightning_fabric")
-        strategies = importlib.import_module("lightning_fabric.strategies")
-    except ImportError as error:
-        raise MissingExtraError(
-            "pretraining needs Lightning Fabric, which is not installed: pip install 'geofm[train]'"
-        ) from error
-    # Fabric announces each process and each seed.
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    train = recipe.train
-    devices, nodes = train.devices, train.nodes
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
-    accelerator = train.accelerator
-    if accelerator == "auto":
-        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
-    if devices == "auto":
-        devices = torch.cuda.device_count() if accelerator == "cuda" else 1
-    strategy: Any = "auto"
-    if train.strategy == "fsdp":
-        strategy = strategies.FSDPStrategy(state_dict_type="full")
-    elif train.strategy == "ddp" or devices * nodes > 1:
-        strategy = strategies.DDPStrategy(
-            # Queues and running statistics are each process's own; methods keep equal what must be.
-            broadcast_buffers=False,
-            find_unused_parameters=getattr(method_class(recipe), "find_unused_parameters", False),
-        )
-    return lightning.Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=strategy,
-        precision=train.precision,
-    )
-
-
-def _optimizer(recipe: Recipe, plan: Plan, method: Method) -> torch.optim.Optimizer:
-    options = recipe.optimizer
-    groups = method.parameter_groups(options.weight_decay)
-    if options.name == "sgd":
-        return torch.optim.SGD(groups, lr=plan.lr, momentum=options.momentum)
-    return torch.optim.AdamW(groups, lr=plan.lr, betas=(options.betas[0], options.betas[1]))
 
 
 def _restore(

@@ -28,6 +28,7 @@ from geofm.pretrain.pretext import (
     Modality,
     UncertaintyWeighting,
     cross_entropy,
+    means,
     patch_error,
     squared_error,
 )
@@ -234,17 +235,20 @@ class MaskedAutoencoder(Method):
         pooled = None
         if self.layer_norm_tmp.weight.requires_grad:
             pooled = self.layer_norm_tmp(decoded).mean((1, 2))
-        found = {}
+        sums, counts = [], []
         for m in self.modalities:
             source = hidden if m.spatial else pooled
             assert source is not None
             predicted = self._predict(m, source)
             # Squares of half-precision numbers overflow.
             with torch.autocast(predicted.device.type, enabled=False):
-                found[m.name] = self._loss(m, predicted.float(), targets[m.key], visible)
-        values = torch.stack(list(found.values()))
+                error, count = self._loss(m, predicted.float(), targets[m.key], visible)
+            sums.append(error)
+            counts.append(count)
+        values = means(sums, counts, everywhere=self.training)
         total = values.sum() if self.loss_fn is None else self.loss_fn(values)
-        return {**found, "total": total}
+        names = [m.name for m in self.modalities]
+        return {**dict(zip(names, values.unbind(), strict=True)), "total": total}
 
     def _predict(self, m: Modality, source: Tensor) -> Tensor:
         head = self.pred_dict[m.name]
@@ -262,7 +266,10 @@ class MaskedAutoencoder(Method):
         if tuple(targets[m.key].shape) != expected:
             raise ModelError(f"{m.name} should be {expected}, found {tuple(targets[m.key].shape)}")
 
-    def _loss(self, m: Modality, predicted: Tensor, target: Tensor, visible: Visible) -> Tensor:
+    def _loss(
+        self, m: Modality, predicted: Tensor, target: Tensor, visible: Visible
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of errors and the number of values it is over."""
         if m.kind == "vector":
             return squared_error(predicted, target)
         if m.kind == "category":
@@ -382,6 +389,9 @@ def _modalities(modalities: Sequence[str | Modality | Mapping[str, Any]]) -> tup
     names = [m.name for m in found]
     if not names or len(set(names)) < len(names):
         raise ModelError(f"modalities must be at least one and each only once, got {names}")
+    reserved = [name for name in names if hasattr(nn.ModuleDict, name) or "." in name or not name]
+    if reserved:
+        raise ModelError(f"{reserved[0]!r} cannot name a modality; choose another name")
     return tuple(found)
 
 

@@ -6,6 +6,7 @@ code.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -18,6 +19,7 @@ __all__ = [
     "Modality",
     "UncertaintyWeighting",
     "cross_entropy",
+    "means",
     "patch_error",
     "squared_error",
 ]
@@ -107,37 +109,39 @@ class UncertaintyWeighting(nn.Module):
         return torch.where(losses != 0, weighted, torch.zeros_like(weighted)).sum()
 
 
-def squared_error(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over known values.
+def squared_error(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared error of known values.
 
     Args:
         predicted: Any shape.
         target: The same shape; NaN where unknown.
 
     Returns:
-        A scalar; 0 if nothing is known.
+        The sum and the number of values it is over.
     """
     known = ~torch.isnan(target)
     error = torch.where(known, predicted - torch.nan_to_num(target), 0).square().sum()
-    return error / known.sum().clamp(min=1)
+    return error, known.sum()
 
 
-def cross_entropy(logits: Tensor, classes: Tensor) -> Tensor:
-    """Mean cross-entropy over known classes.
+def cross_entropy(logits: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of known classes.
 
     Args:
         logits: (N, classes) or (N, classes, L).
         classes: (N,) or (N, L) integers; -1 where unknown.
 
     Returns:
-        A scalar; 0 if nothing is known.
+        The sum and the number of values it is over.
     """
     total = F.cross_entropy(logits, classes, ignore_index=-1, reduction="sum")
-    return total / (classes != -1).sum().clamp(min=1)
+    return total, (classes != -1).sum()
 
 
-def patch_error(predicted: Tensor, target: Tensor, patch_norm: bool, missing: str) -> Tensor:
-    """Mean squared error over values, then over the patches whose error is not 0.
+def patch_error(
+    predicted: Tensor, target: Tensor, patch_norm: bool, missing: str
+) -> tuple[Tensor, Tensor]:
+    """Squared error of patches, each the mean of its values.
 
     Args:
         predicted: (R, patch², channels).
@@ -147,7 +151,7 @@ def patch_error(predicted: Tensor, target: Tensor, patch_norm: bool, missing: st
             0, which normalized data hold where something is missing, do not count.
 
     Returns:
-        A scalar; 0 if nothing is known.
+        The sum over patches and the number of those whose error is not 0.
     """
     target = torch.nan_to_num(target).float()
     known = target != 0 if missing == "exclude" else torch.ones_like(target, dtype=torch.bool)
@@ -159,4 +163,29 @@ def patch_error(predicted: Tensor, target: Tensor, patch_norm: bool, missing: st
         variance = centred.square().sum((1, 2)) / (number - 1).clamp(min=1)
         target = centred / (variance + _PATCH_EPS).sqrt()[:, None, None]
     error = torch.where(known, predicted - target, 0).square().sum((1, 2)) / number
-    return error.sum() / (error != 0).sum().clamp(min=1)
+    return error.sum(), (error != 0).sum()
+
+
+def means(sums: Sequence[Tensor], counts: Sequence[Tensor], everywhere: bool) -> Tensor:
+    """Means of losses, over the batches of all processes where there are several.
+
+    Processes know different numbers of values; a mean of their means would depend on how samples
+    are divided. With the common count, the mean over processes that distributed training takes of
+    gradients is the gradient of the whole batch.
+
+    Args:
+        sums: Of each loss, of this process.
+        counts: Numbers of values they are over.
+        everywhere: Count over all processes; all of them must call this then.
+
+    Returns:
+        (losses,); 0 where nothing is known anywhere.
+    """
+    total = torch.stack(list(sums))
+    count = torch.stack(list(counts)).to(total.dtype)
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if everywhere and grouped:
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    # Below 1 only where processes have less than one value each on average.
+    return total / torch.where(count > 0, count, 1)

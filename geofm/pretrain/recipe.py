@@ -7,19 +7,15 @@ path: ``train.batch=64``.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-import importlib
 import json
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from geofm.errors import GeofmError, MissingExtraError
+from geofm.pretrain._strict import RecipeError, build, merged, near, parse_yaml, yaml_module
 
 __all__ = [
     "Card",
@@ -39,10 +35,6 @@ __all__ = [
 ]
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
-
-
-class RecipeError(GeofmError, ValueError):
-    """A recipe has an unknown key, a value of the wrong kind, or values that exclude each other."""
 
 
 @dataclass(frozen=True)
@@ -238,23 +230,23 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), quick: bool =
         MissingExtraError: PyYAML is not installed.
     """
     path = _find(source)
-    content = _parse(path.read_text(encoding="utf-8"), path.name)
+    content = parse_yaml(path.read_text(encoding="utf-8"), path.name)
     if not isinstance(content, dict):
         raise RecipeError(f"{path.name}: a recipe is a mapping, this is {type(content).__name__}")
     trial = content.pop("quick", None)
     if quick:
         if not isinstance(trial, dict):
             raise RecipeError(f"{path.name} has no section 'quick', so there is no quick run of it")
-        content = _merged(content, trial)
+        content = merged(content, trial)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not all(key.split(".")):
             raise RecipeError(f"{override!r}: an override is key=value, such as train.batch=64")
-        nested: Any = _parse(value, override)
+        nested: Any = parse_yaml(value, override)
         for part in reversed(key.split(".")):
             nested = {part: nested}
         # A mapping given as a value stands for itself; only the way to it is merged.
-        content = _merged(content, nested, depth=key.count(".") + 1)
+        content = merged(content, nested, depth=key.count(".") + 1)
     return read_recipe({"name": path.stem, **content}, path.name)
 
 
@@ -271,7 +263,7 @@ def read_recipe(content: Mapping[str, Any], origin: str = "recipe") -> Recipe:
     Raises:
         RecipeError: As in `load_recipe`.
     """
-    recipe: Recipe = _build(Recipe, content, origin, "")
+    recipe: Recipe = build(Recipe, content, origin, "")
     _check(recipe, origin)
     return recipe
 
@@ -285,7 +277,7 @@ def to_yaml(recipe: Recipe) -> str:
     Returns:
         The text.
     """
-    text: str = _yaml().safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+    text: str = yaml_module().safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
     return text
 
 
@@ -365,7 +357,7 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-# --- reading ------------------------------------------------------------------------------------
+# --- finding and checking -----------------------------------------------------------------------
 
 
 def _find(source: str | Path) -> Path:
@@ -377,86 +369,9 @@ def _find(source: str | Path) -> Path:
     if str(source) in recipe_names():
         return RECIPES / f"{source}.yaml"
     raise RecipeError(
-        f"there is no recipe {str(source)!r}{_near(str(source), recipe_names())}; there are "
+        f"there is no recipe {str(source)!r}{near(str(source), recipe_names())}; there are "
         f"{', '.join(recipe_names())}, or give the path of a .yaml file"
     )
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
-
-
-def _merged(base: Any, over: Any, depth: int = 1000) -> Any:
-    if depth == 0 or not isinstance(base, dict) or not isinstance(over, dict):
-        return over
-    out = dict(base)
-    for key, value in over.items():
-        out[key] = _merged(base[key], value, depth - 1) if key in base else value
-    return out
-
-
-def _build(kind: Any, content: Any, origin: str, prefix: str) -> Any:
-    if not isinstance(content, Mapping):
-        raise RecipeError(f"{origin}: {prefix.rstrip('.')} must be a mapping, got {content!r}")
-    hints = typing.get_type_hints(kind)
-    values = {}
-    for key, value in content.items():
-        if key not in hints:
-            raise RecipeError(
-                f"{origin}: unknown key {prefix}{key}{_near(str(key), list(hints))}; "
-                f"known are {', '.join(prefix + name for name in hints)}"
-            )
-        if is_dataclass(hints[key]):
-            values[key] = _build(hints[key], value, origin, f"{prefix}{key}.")
-        else:
-            values[key] = _checked(value, hints[key], origin, f"{prefix}{key}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        required = [f.name for f in fields(kind) if f.name not in values]
-        raise RecipeError(
-            f"{origin}: a key of {prefix.rstrip('.') or 'the recipe'} is missing; not given are "
-            f"{', '.join(required)}"
-        ) from error
-
-
-def _checked(value: Any, hint: Any, origin: str, key: str) -> Any:
-    choices = typing.get_args(hint) if _is_union(hint) else (hint,)
-    for choice in choices:
-        fits, converted = _fits(value, choice)
-        if fits:
-            return converted
-    wanted = " or ".join(_words(choice) for choice in choices)
-    raise RecipeError(f"{origin}: {key} must be {wanted}, got {value!r}")
-
-
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in (typing.Union, types.UnionType)
-
-
-def _fits(value: Any, kind: Any) -> tuple[bool, Any]:
-    origin = typing.get_origin(kind) or kind
-    if origin is Literal:
-        return value in typing.get_args(kind), value
-    if origin is list:
-        numbers = isinstance(value, list) and all(_fits(item, float)[0] for item in value)
-        return numbers, [float(item) for item in value] if numbers else value
-    if origin is dict:
-        return isinstance(value, dict) and all(isinstance(key, str) for key in value), value
-    if isinstance(value, bool):
-        return origin is bool, value
-    if origin is float and isinstance(value, int | float):
-        return abs(value) < float("inf"), float(value)
-    return isinstance(value, origin), value
-
-
-def _words(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(repr(choice) for choice in typing.get_args(kind))
-    names = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
-    names |= {types.NoneType: "null", dict: "a mapping", list: "a list of numbers"}
-    return names[typing.get_origin(kind) or kind]
 
 
 def _check(recipe: Recipe, origin: str) -> None:
@@ -518,43 +433,3 @@ def _check(recipe: Recipe, origin: str) -> None:
     for holds, problem in rules:
         if not holds:
             raise RecipeError(f"{origin}: {problem}")
-
-
-# --- YAML ---------------------------------------------------------------------------------------
-
-
-def _yaml() -> Any:
-    """The yaml module, imported late because geofm works without it."""
-    try:
-        return importlib.import_module("yaml")
-    except ImportError as error:
-        raise MissingExtraError(
-            "recipes need PyYAML, which is not installed: pip install 'geofm[train]'"
-        ) from error
-
-
-def _parse(text: str, origin: str) -> Any:
-    yaml = _yaml()
-    try:
-        return yaml.load(text, _loader(yaml))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{origin}: not valid YAML: {error}") from error
-
-
-def _loader(yaml: Any) -> Any:
-    """PyYAML's safe loader, with 1e-4 a number (YAML 1.2) and no key given twice."""
-
-    class Loader(yaml.SafeLoader):  # type: ignore[misc]
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-            if twice:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{', '.join(twice)} is given twice", node.start_mark
-                )
-            out: dict[Any, Any] = super().construct_mapping(node, deep)
-            return out
-
-    number = re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
-    return Loader

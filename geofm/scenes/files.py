@@ -1,0 +1,179 @@
+"""Opening raster files, and what their headers say."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from geofm.errors import DataNotFoundError, MissingExtraError, RasterError
+
+__all__ = ["Layer", "import_rasterio", "is_remote", "layers_of", "reading", "shown"]
+
+# What the files of products are. A ".tif" that is really a VRT or a web service could make GDAL
+# read anything, so that is only for a file the caller names himself.
+_PRODUCT_DRIVERS = ("GTiff", "JP2OpenJPEG", "JP2KAK", "JP2ECW", "JP2MrSID")
+_DTYPES = ("uint8", "uint16", "int16", "uint32", "int32", "float32", "float64")
+# Ask for the file itself only, not for its neighbours, and do not wait forever.
+_REMOTE = {
+    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
+    "GDAL_HTTP_CONNECTTIMEOUT": "20",
+    "GDAL_HTTP_TIMEOUT": "120",
+    "GDAL_HTTP_MAX_RETRY": "3",
+    "GDAL_HTTP_RETRY_DELAY": "0.5",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One band of one file, as the file's header describes it.
+
+    Attributes:
+        path: Path or address.
+        index: Band in the file, from 1.
+        crs: rasterio's CRS.
+        transform: Affine coefficients a, b, c, d, e, f of the grid.
+        width: Columns.
+        height: Rows.
+        dtype: numpy's name of the pixels' type.
+        nodata: The file's no-data value for the band, if it has one.
+        scale: The file's scale, 1 where it has none.
+        offset: The file's offset, 0 where it has none.
+        description: The band's name in the file.
+    """
+
+    path: str
+    index: int
+    crs: Any
+    transform: tuple[float, ...]
+    width: int
+    height: int
+    dtype: str
+    nodata: float | None
+    scale: float
+    offset: float
+    description: str | None
+
+    @property
+    def area(self) -> float:
+        """Of a pixel, in the square of the CRS's units."""
+        return abs(self.transform[0] * self.transform[4])
+
+
+def import_rasterio() -> Any:
+    """The rasterio module, imported late because geofm works without it.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        import rasterio
+    except ImportError as error:
+        raise MissingExtraError("rasters need rasterio: pip install 'geofm[raster]'") from error
+    return rasterio
+
+
+def is_remote(path: str) -> bool:
+    """Whether it is an address rather than a path.
+
+    Args:
+        path: Path or address.
+    """
+    return path.lower().startswith(("http://", "https://"))
+
+
+def shown(path: str) -> str:
+    """A path as messages show it: an address without its query, which may hold a signature.
+
+    Args:
+        path: Path or address.
+    """
+    return path.partition("?")[0] if is_remote(path) else path
+
+
+@contextlib.contextmanager
+def reading(path: str, what: str = "") -> Iterator[Any]:
+    """GDAL set up for a file; what it cannot read in the block is a `RasterError`.
+
+    Args:
+        path: The file that is read, for the message.
+        what: What of it is read.
+
+    Yields:
+        The rasterio module.
+    """
+    rasterio = import_rasterio()
+    try:
+        with rasterio.Env(**_REMOTE) if is_remote(path) else contextlib.nullcontext():
+            yield rasterio
+    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError) as error:
+        reason = str(error.__cause__ or error).replace(path, shown(path))
+        raise RasterError(
+            f"{shown(path)} cannot be read{what}: {reason}. Is it complete? Fetch it again"
+        ) from error
+
+
+def layers_of(path: str, any_driver: bool = False) -> tuple[Layer, ...]:
+    """What a file's header says of its bands.
+
+    Args:
+        path: Path or http(s) address.
+        any_driver: Whether to take anything GDAL reads, rather than GeoTIFF and JPEG 2000 only.
+
+    Returns:
+        One entry a band.
+
+    Raises:
+        DataNotFoundError: There is no such file.
+        RasterError: It cannot be read, has no georeference, is rotated, or has pixels of a type
+            that is no reflectance.
+    """
+    if not is_remote(path) and not Path(path).is_file():
+        raise DataNotFoundError(f"there is no file {path}")
+    with reading(path) as rasterio:
+        known = rasterio.drivers.raster_driver_extensions().values()
+        drivers = None if any_driver else [d for d in _PRODUCT_DRIVERS if d in known]
+        with rasterio.open(path, driver=drivers) as file:
+            layers = tuple(
+                Layer(
+                    path=path,
+                    index=index,
+                    crs=file.crs,
+                    transform=tuple(file.transform)[:6],
+                    width=file.width,
+                    height=file.height,
+                    dtype=file.dtypes[index - 1],
+                    nodata=file.nodatavals[index - 1],
+                    scale=file.scales[index - 1],
+                    offset=file.offsets[index - 1],
+                    description=file.descriptions[index - 1],
+                )
+                for index in file.indexes
+            )
+    for layer in layers:
+        _check(layer)
+    return layers
+
+
+def _check(layer: Layer) -> None:
+    a, b, _, d, e, _ = layer.transform
+    name = shown(layer.path)
+    if layer.dtype not in _DTYPES:
+        raise RasterError(
+            f"{name} has {layer.dtype} pixels; taken are {', '.join(_DTYPES)}. Convert it: "
+            f"gdal_translate -ot Int16 (or UInt16, Float32)"
+        )
+    if not layer.crs:
+        raise RasterError(
+            f"{name} has no coordinate reference system; a scene is georeferenced. If you know it: "
+            f"gdal_edit.py -a_srs EPSG:..."
+        )
+    if b or d or a <= 0 or e >= 0 or not np.isfinite(layer.transform).all():
+        raise RasterError(
+            f"{name} is rotated, flipped or not georeferenced (its geotransform is "
+            f"{layer.transform}); rows must run south and columns east. Warp it: gdalwarp"
+        )
