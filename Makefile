@@ -32,7 +32,7 @@ $(VENV)/.raster: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.raster
-	$(BIN)/python -m pip install --quiet -e ".[raster,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[raster,train,dev]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev

@@ -79,8 +79,10 @@ def auxiliary_table(values: Any, variables: Sequence[Variable], check_units: boo
                 f"{tuple(table.shape)}. A dict of columns needs no order"
             )
     if check_units:
-        _check_limits(table, variables)
-        _check_scales(table, variables)
+        # The limits are on the CPU; the values may be on a GPU.
+        here = table.detach().cpu()
+        _check_limits(here, variables)
+        _check_scales(here, variables)
     return table
 
 
