@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from geofm.errors import GeofmError, MissingExtraError, RasterError
 
 __all__ = ["ImageError", "ImageReport", "Moments", "check_errors", "opened"]
+
+logger = logging.getLogger(__name__)
 
 
 class ImageError(RasterError):
@@ -62,6 +65,8 @@ class ImageReport:
         examples = self.examples.setdefault(reason, [])
         if len(examples) < 3:
             examples.append(example)
+            # Also from a DataLoader's worker, whose counts nobody else sees.
+            logger.warning("left out: %s", example)
 
     def add_error(self, error: GeofmError) -> None:
         """Count what an error says.

@@ -50,6 +50,7 @@ _DATASET_STREAM = 7
 class Feed(Protocol):
     """What the loop reads from."""
 
+    dataset: Any
     steps_per_epoch: int
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -333,7 +334,8 @@ class StreamFeed:
     ) -> None:
         if samples is None:
             raise RecipeError("data.samples: how many samples of the stream count as an epoch?")
-        self.stream, self.plan = stream, plan
+        self.dataset = self.stream = stream
+        self.plan = plan
         self.workers, self.pin = workers, pin
         self._position: Any = None
         together = plan.batch * plan.world * plan.accumulate

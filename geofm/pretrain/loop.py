@@ -132,6 +132,10 @@ def pretrain(
         )
     elif run.fabric.is_global_zero:
         export_run(run.folder)
+    # What was missing or damaged, where the dataset counts it.
+    report = str(getattr(run.feed.dataset, "report", ""))
+    if report:
+        logger.info("data read by process %d: %s", run.plan.rank, report)
     run.fabric.barrier()
     return run
 
