@@ -349,3 +349,14 @@ def test_half_precision_stays_finite_and_close() -> None:
         assert rough[name].item() == pytest.approx(value.item(), rel=0.03), name
     rough["total"].backward()
     assert all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_one_graph_and_gives_the_same_losses() -> None:
+    method = MaskedAutoencoder("mpmae_atto", **TINY)
+    batch = tile_batch(4) | {"draw": torch.arange(4)}
+    explained = torch._dynamo.explain(method)(batch)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    compiled = torch.compile(method)(batch)
+    for name, value in method(batch).items():
+        torch.testing.assert_close(compiled[name], value)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
@@ -296,25 +297,31 @@ class MaskedAutoencoder(Method):
         Raises:
             ModelError: As `encode` and `losses`, or tiles are smaller than `size`.
         """
+        batch, pixels, visible = self._prepare(batch, mask)
+        rows = encode_visible(self.encoder, pixels, visible, self.grn_scope)
+        return self._losses(batch, rows, visible)
+
+    # What is left to chance and what depends on it is no part of a compiled graph.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _prepare(
+        self, batch: Mapping[str, Any], mask: Tensor | None
+    ) -> tuple[dict[str, Any], Tensor, Visible]:
+        """The cropped batch, the encoder's input, and which patches it sees."""
         if self.input not in batch:
             raise ModelError(f"the batch lacks the input {self.input!r}; it has {', '.join(batch)}")
-        batch = self._crop(batch)
-        pixels = torch.nan_to_num(batch[self.input])
+        cropped = self._crop(batch)
+        pixels = torch.nan_to_num(cropped[self.input])
         if self._channels is not None:
             pixels = pixels[:, self._channels]
         grid = self._grid_of(pixels)
         if mask is None:
             mask = self.random_mask(batch, len(pixels), grid)
-            visible = Visible.of(mask, len(pixels), grid).to(pixels.device)
-        else:
-            visible = Visible.of(mask.to(pixels.device), len(pixels), grid)
-        return self._losses(
-            batch, encode_visible(self.encoder, pixels, visible, self.grn_scope), visible
-        )
+            return cropped, pixels, Visible.of(mask, len(pixels), grid).to(pixels.device)
+        return cropped, pixels, Visible.of(mask.to(pixels.device), len(pixels), grid)
 
     def _crop(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         names = {self.input, *(m.key for m in self.modalities if m.spatial and m.key in batch)}
-        height, width = batch[self.input].shape[-2:]
+        count, _, height, width = batch[self.input].shape
         if min(height, width) < self.size:
             raise ModelError(
                 f"tiles of {height}×{width} px are smaller than the crop of {self.size} px"
@@ -322,29 +329,35 @@ class MaskedAutoencoder(Method):
         out = dict(batch)
         if (height, width) == (self.size, self.size) and not (self.flips and self.training):
             return out
-        count = len(batch[self.input])
-        moves = [(height - self.size) // 2, (width - self.size) // 2, 0]
-        if self.training:
-            plan = [self._random_move(draw, height, width) for draw in draws_of(batch, count)]
-        else:
-            plan = [moves] * count
+        places = self._places(batch, count, height, width).to(batch[self.input].device)
         for name in names:
+            channels = batch[name].shape[1]
             if tuple(batch[name].shape[-2:]) != (height, width):
                 raise ModelError(
                     f"{name} has {tuple(batch[name].shape[-2:])} px and {self.input} "
                     f"{(height, width)}; they must cover the same pixels"
                 )
-            out[name] = torch.stack(
-                [_cut(tile, self.size, *move) for tile, move in zip(batch[name], plan, strict=True)]
-            )
+            taken = batch[name].flatten(2).gather(2, places[:, None].expand(-1, channels, -1))
+            out[name] = taken.unflatten(2, (self.size, self.size))
         return out
 
-    def _random_move(self, draw: int, height: int, width: int) -> list[int]:
-        """Row and column of the crop, and which of the eight turns of a square."""
-        random = random_of(draw, _CROP)
-        row = random.integers(height - self.size + 1)
-        column = random.integers(width - self.size + 1)
-        return [int(row), int(column), int(random.integers(8)) if self.flips else 0]
+    def _places(self, batch: Mapping[str, Any], count: int, height: int, width: int) -> Tensor:
+        """Of each sample, which pixels of a tile make its crop: (N, size²)."""
+        corner = np.arange(self.size)[:, None] * width + np.arange(self.size)
+        down, right = height - self.size, width - self.size
+        if not self.training:
+            middle = corner + (down // 2) * width + right // 2
+            return torch.from_numpy(middle.flatten()).expand(count, -1)
+        rows = []
+        for draw in draws_of(batch, count):
+            random = random_of(draw, _CROP)
+            crop = corner + random.integers(down + 1) * width + random.integers(right + 1)
+            if self.flips:
+                # One of the eight ways a square can lie.
+                turn = int(random.integers(8))
+                crop = np.rot90(crop[:, ::-1] if turn >= 4 else crop, turn % 4)
+            rows.append(crop.flatten())
+        return torch.from_numpy(np.stack(rows))
 
     def export(self) -> Exported:
         """The encoder, as ``geofm.create_model`` takes it.
@@ -361,14 +374,6 @@ class MaskedAutoencoder(Method):
             },
             {name: value.detach() for name, value in self.encoder.state_dict().items()},
         )
-
-
-def _cut(tile: Tensor, size: int, row: int, column: int, turn: int) -> Tensor:
-    """A square of (C, H, W), mirrored and turned by quarters as `turn` (0 to 7) says."""
-    tile = tile[:, row : row + size, column : column + size]
-    if turn >= 4:
-        tile = tile.flip(-1)
-    return torch.rot90(tile, turn % 4, (-2, -1))
 
 
 def _kept(grid: int, mask_ratio: float) -> int:
