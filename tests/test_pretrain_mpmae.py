@@ -14,6 +14,7 @@ from conftest import PARITY, _fill, parity
 import geofm
 from geofm.pretrain import MODALITIES, MaskedAutoencoder, Modality
 from geofm.pretrain.mpmae import BANDS
+from geofm.pretrain.pretext import summary
 
 TINY = {"decoder_dim": 32, "modalities": ["sentinel2", "month"]}
 
@@ -273,6 +274,35 @@ def test_one_array_can_be_two_targets() -> None:
     losses = method(tile_batch(2))
     assert list(losses) == ["sentinel2", "reflectance", "total"]
     assert losses["sentinel2"] != losses["reflectance"]
+
+
+def test_a_summary_tells_mean_deviation_and_roughness_of_known_values() -> None:
+    rows = torch.arange(8.0)[None, None, :, None].expand(1, 1, 8, 8)
+    spiky = torch.where(torch.arange(64).view(1, 1, 8, 8) % 2 == 0, 1.0, -1.0)
+    tiles = torch.cat([2 + 3 * rows, spiky, torch.full_like(rows, torch.nan)], 1)
+    tiles[0, 0, 0] = torch.nan
+    mean, deviation, roughness = summary(tiles, "exclude").view(3, 3)
+    expected = 2 + 3 * np.arange(1, 8)
+    assert mean[0].item() == pytest.approx(expected.mean())
+    assert deviation[0].exp().item() == pytest.approx(expected.std() + 0.01, rel=1e-5)
+    # Rows differ by 3, columns by nothing.
+    assert roughness[0].exp().item() == pytest.approx(np.sqrt(9 / 2) + 0.01, rel=1e-5)
+    assert mean[1].item() == 0
+    assert roughness[1].exp().item() == pytest.approx(np.sqrt(4 / 2) + 0.01, rel=1e-5)
+    assert torch.isnan(torch.stack([mean[2], deviation[2], roughness[2]])).all()
+
+
+def test_a_weight_scales_one_loss() -> None:
+    m = {"name": "what", "kind": "summary", "channels": 12, "source": "sentinel2"}
+    batch, losses = tile_batch(2), []
+    for weight in (1.0, 0.25):
+        torch.manual_seed(0)
+        method = MaskedAutoencoder(
+            "mpmae_atto", modalities=[{**m, "weight": weight}], decoder_dim=16, loss="equal"
+        )
+        losses.append(method(batch, method.random_mask({"draw": [1, 2]}, 2, 7))["total"])
+    assert losses[0] > 0
+    torch.testing.assert_close(losses[1], 0.25 * losses[0])
 
 
 def test_a_subset_of_bands_and_targets_trains() -> None:

@@ -32,6 +32,7 @@ from geofm.pretrain.pretext import (
     means,
     patch_error,
     squared_error,
+    summary,
 )
 from geofm.pretrain.visible import Visible
 from geofm.registry import architecture
@@ -129,7 +130,7 @@ class MaskedAutoencoder(Method):
             {m.name: _head(m, decoder_dim, patch_size) for m in self.modalities}
         )
         self.loss_fn = UncertaintyWeighting(len(self.modalities)) if loss == "uncertainty" else None
-        if not any(m.kind in ("vector", "category") for m in self.modalities):
+        if all(m.per_pixel for m in self.modalities):
             # A parameter without gradient stops distributed training.
             self.layer_norm_tmp.requires_grad_(False)
         self._init_decoder()
@@ -238,13 +239,13 @@ class MaskedAutoencoder(Method):
             pooled = self.layer_norm_tmp(decoded).mean((1, 2))
         sums, counts = [], []
         for m in self.modalities:
-            source = hidden if m.spatial else pooled
+            source = hidden if m.per_pixel else pooled
             assert source is not None
             predicted = self._predict(m, source)
             # Squares of half-precision numbers overflow.
             with torch.autocast(predicted.device.type, enabled=False):
                 error, count = self._loss(m, predicted.float(), targets[m.key], visible)
-            sums.append(error)
+            sums.append(m.weight * error)
             counts.append(count)
         values = means(sums, counts, everywhere=self.training)
         total = values.sum() if self.loss_fn is None else self.loss_fn(values)
@@ -263,7 +264,7 @@ class MaskedAutoencoder(Method):
             )
         side = visible.grid * self.patch_size
         channels = 1 if m.kind == "classes" else m.channels
-        expected = (visible.count, channels, side, side) if m.spatial else (visible.count, channels)
+        expected = (visible.count, channels, side, side) if m.is_map else (visible.count, channels)
         if tuple(targets[m.key].shape) != expected:
             raise ModelError(f"{m.name} should be {expected}, found {tuple(targets[m.key].shape)}")
 
@@ -271,7 +272,9 @@ class MaskedAutoencoder(Method):
         self, m: Modality, predicted: Tensor, target: Tensor, visible: Visible
     ) -> tuple[Tensor, Tensor]:
         """Sum of errors and the number of values it is over."""
-        if m.kind == "vector":
+        if m.kind == "summary":
+            target = summary(target, self.missing)
+        if m.kind in ("vector", "summary"):
             return squared_error(predicted, target)
         if m.kind == "category":
             known = target.sum(1) > 0
@@ -320,7 +323,7 @@ class MaskedAutoencoder(Method):
         return cropped, pixels, Visible.of(mask.to(pixels.device), len(pixels), grid)
 
     def _crop(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        names = {self.input, *(m.key for m in self.modalities if m.spatial and m.key in batch)}
+        names = {self.input, *(m.key for m in self.modalities if m.is_map and m.key in batch)}
         count, _, height, width = batch[self.input].shape
         if min(height, width) < self.size:
             raise ModelError(
@@ -427,9 +430,9 @@ def _encoder(name: str, in_chans: int, patch_size: int, size: int) -> MPMAE:
 
 
 def _head(m: Modality, width: int, patch_size: int) -> nn.Module:
-    if m.spatial:
+    if m.per_pixel:
         return nn.Conv2d(width, patch_size**2 * m.channels, 1)
-    return nn.Linear(width, m.channels)
+    return nn.Linear(width, m.outputs)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

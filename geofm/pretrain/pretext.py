@@ -22,12 +22,16 @@ __all__ = [
     "means",
     "patch_error",
     "squared_error",
+    "summary",
 ]
 
 # Added to the variance of a target patch before it is divided by.
 _PATCH_EPS = 1e-6
 
-Kind = Literal["pixels", "classes", "vector", "category"]
+# Added to deviations before their logarithm: a hundredth of that of normalized data.
+_DEVIATION_EPS = 1e-2
+
+Kind = Literal["pixels", "classes", "vector", "category", "summary"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +44,13 @@ class Modality:
             (N, 1, H, W) integers per pixel below `channels`, -1 where unknown, cross-entropy.
             ``"vector"``: (N, channels) values per tile, NaN where unknown, squared error.
             ``"category"``: (N, channels) one-hot per tile, all zero where unknown, cross-entropy.
+            ``"summary"``: (N, channels, H, W) values per pixel, of which the tile's summary is to
+            be told (`summary`), squared error.
         channels: Channels, values or classes.
         patch_norm: Bring each patch of a ``"pixels"`` target to mean 0 and variance 1.
         source: Key in a batch, where it is not the name: one array may be two targets, for
             example each patch's structure (`patch_norm`) and the values themselves.
+        weight: Factor on its error.
     """
 
     name: str
@@ -51,6 +58,7 @@ class Modality:
     channels: int
     patch_norm: bool = False
     source: str = ""
+    weight: float = 1.0
 
     @property
     def key(self) -> str:
@@ -58,9 +66,19 @@ class Modality:
         return self.source or self.name
 
     @property
-    def spatial(self) -> bool:
-        """Whether there is a target for each pixel."""
+    def is_map(self) -> bool:
+        """Whether the target comes as a map, which is cropped with the input."""
+        return self.kind in ("pixels", "classes", "summary")
+
+    @property
+    def per_pixel(self) -> bool:
+        """Whether pixels are predicted, rather than something about the tile."""
         return self.kind in ("pixels", "classes")
+
+    @property
+    def outputs(self) -> int:
+        """Predictions for each pixel or tile."""
+        return 3 * self.channels if self.kind == "summary" else self.channels
 
 
 MODALITIES: Final = {
@@ -164,6 +182,37 @@ def patch_error(
         target = centred / (variance + _PATCH_EPS).sqrt()[:, None, None]
     error = torch.where(known, predicted - target, 0).square().sum((1, 2)) / number
     return error.sum(), (error != 0).sum()
+
+
+def summary(target: Tensor, missing: str) -> Tensor:
+    """What a tile's values are like: mean, deviation and roughness of each channel.
+
+    Args:
+        target: (N, C, H, W); NaN where unknown.
+        missing: As in `patch_error`.
+
+    Returns:
+        (N, 3 C): means; logarithms of the standard deviation; logarithms of the root mean square
+        difference of horizontal and vertical neighbours. NaN where nothing is known.
+    """
+    zero = target == 0 if missing == "exclude" else torch.zeros_like(target, dtype=torch.bool)
+    known = ~(zero | torch.isnan(target))
+    values = torch.where(known, target, 0).float()
+
+    def mean(x: Tensor, where: Tensor) -> Tensor:
+        # 0 / 0 is NaN: unknown.
+        return (x * where).sum((2, 3)) / where.sum((2, 3))
+
+    centre = mean(values, known)
+    deviation = mean((values - centre.nan_to_num()[:, :, None, None]).square(), known).sqrt()
+    steps = []
+    for axis in (2, 3):
+        length = target.shape[axis] - 1
+        first, second = values.narrow(axis, 0, length), values.narrow(axis, 1, length)
+        both = known.narrow(axis, 0, length) & known.narrow(axis, 1, length)
+        steps.append(mean((second - first).square(), both))
+    roughness = ((steps[0] + steps[1]) / 2).sqrt()
+    return torch.cat([centre, *((x + _DEVIATION_EPS).log() for x in (deviation, roughness))], 1)
 
 
 def means(sums: Sequence[Tensor], counts: Sequence[Tensor], everywhere: bool) -> Tensor:
