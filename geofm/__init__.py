@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from geofm.cards import WeightCard
     from geofm.factory import create_model, create_transform
     from geofm.preprocess import Preprocess
-    from geofm.raster import embed_raster
+    from geofm.raster import embed_raster, predict_raster
     from geofm.registry import is_model, list_models, list_pretrained, model_card
+    from geofm.scenes import Scene, open_scene
     from geofm.species import name_species
     from geofm.spectral import Band, Sensor
     from geofm.taxonomy import Taxon
@@ -57,6 +58,7 @@ __all__ = [
     "PixelError",
     "Preprocess",
     "RasterError",
+    "Scene",
     "Sensor",
     "SpeciesClassifier",
     "Taxon",
@@ -74,6 +76,8 @@ __all__ = [
     "list_pretrained",
     "model_card",
     "name_species",
+    "open_scene",
+    "predict_raster",
     "zero_shot",
 ]
 
@@ -81,6 +85,7 @@ __all__ = [
 _LAZY = {
     "Band": "geofm.spectral",
     "Preprocess": "geofm.preprocess",
+    "Scene": "geofm.scenes",
     "Sensor": "geofm.spectral",
     "SpeciesClassifier": "geofm.zeroshot",
     "Taxon": "geofm.taxonomy",
@@ -93,6 +98,8 @@ _LAZY = {
     "list_pretrained": "geofm.registry",
     "model_card": "geofm.registry",
     "name_species": "geofm.species",
+    "open_scene": "geofm.scenes",
+    "predict_raster": "geofm.raster",
     "zero_shot": "geofm.zeroshot",
 }
 

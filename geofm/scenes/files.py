@@ -16,7 +16,8 @@ __all__ = ["Layer", "import_rasterio", "is_remote", "layers_of", "reading", "sho
 
 # What the files of products are. A ".tif" that is really a VRT or a web service could make GDAL
 # read anything, so that is only for a file the caller names himself.
-_PRODUCT_DRIVERS = ("GTiff", "JP2OpenJPEG", "JP2KAK", "JP2ECW", "JP2MrSID")
+_DRIVERS = {".jp2": "JP2OpenJPEG", ".j2k": "JP2OpenJPEG"}
+_OTHER_DRIVER = "GTiff"
 _DTYPES = ("uint8", "uint16", "int16", "uint32", "int32", "float32", "float64")
 # Ask for the file itself only, not for its neighbours, and do not wait forever.
 _REMOTE = {
@@ -108,7 +109,8 @@ def reading(path: str, what: str = "") -> Iterator[Any]:
     """
     rasterio = import_rasterio()
     try:
-        with rasterio.Env(**_REMOTE) if is_remote(path) else contextlib.nullcontext():
+        # In an Env GDAL's warnings go to the log.
+        with rasterio.Env(**(_REMOTE if is_remote(path) else {})):
             yield rasterio
     except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError) as error:
         reason = str(error.__cause__ or error).replace(path, shown(path))
@@ -135,9 +137,9 @@ def layers_of(path: str, any_driver: bool = False) -> tuple[Layer, ...]:
     if not is_remote(path) and not Path(path).is_file():
         raise DataNotFoundError(f"there is no file {path}")
     with reading(path) as rasterio:
-        known = rasterio.drivers.raster_driver_extensions().values()
-        drivers = None if any_driver else [d for d in _PRODUCT_DRIVERS if d in known]
-        with rasterio.open(path, driver=drivers) as file:
+        suffix = Path(shown(path)).suffix.lower()
+        driver = None if any_driver else _DRIVERS.get(suffix, _OTHER_DRIVER)
+        with rasterio.open(path, driver=driver) as file:
             layers = tuple(
                 Layer(
                     path=path,

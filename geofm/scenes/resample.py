@@ -6,13 +6,12 @@ equals reading whole, bit by bit.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from geofm.errors import RasterError
 
 __all__ = ["RESAMPLINGS", "Axis", "axis_of", "interpolate"]
 
@@ -42,7 +41,13 @@ class Axis:
     linear: tuple[NDArray[np.int64], Floats]
     cubic: tuple[NDArray[np.int64], Floats]
 
+    @functools.cached_property
+    def plain(self) -> bool:
+        """Whether the places are the source's pixels, one by one."""
+        return bool(self.inside.all()) and np.array_equal(self.own, np.arange(self.high - self.low))
 
+
+@functools.lru_cache(maxsize=16)
 def axis_of(start: int, stop: int, ratio: float, shift: float, size: int, method: str) -> Axis:
     """Place the pixels `start` to `stop` of the finest grid in a source.
 
@@ -56,12 +61,7 @@ def axis_of(start: int, stop: int, ratio: float, shift: float, size: int, method
 
     Returns:
         The places.
-
-    Raises:
-        RasterError: There is no such method.
     """
-    if method not in RESAMPLINGS:
-        raise RasterError(f"resampling is {method!r}; expected one of {', '.join(RESAMPLINGS)}")
     # The centre of source pixel k is at k + 0.5.
     position = (np.arange(start, stop, dtype=np.float64) + 0.5 - shift) / ratio
     own = np.clip(np.floor(position).astype(np.int64), 0, size - 1)
@@ -85,9 +85,9 @@ def axis_of(start: int, stop: int, ratio: float, shift: float, size: int, method
     )
 
 
-def interpolate(values: NDArray[Any], missing: Bools, rows: Axis, columns: Axis, method: str) -> (
-    tuple[NDArray[Any], Bools]
-):
+def interpolate(
+    values: NDArray[Any], missing: Bools, rows: Axis, columns: Axis, method: str
+) -> tuple[NDArray[Any], Bools]:
     """The values of a source at the places of a window.
 
     A place is missing exactly where the source pixel that holds it is. Other missing pixels have no
@@ -103,6 +103,8 @@ def interpolate(values: NDArray[Any], missing: Bools, rows: Axis, columns: Axis,
     Returns:
         Values and missing pixels. Integers are rounded, and kept in the range of their type.
     """
+    if method == "nearest" and rows.plain and columns.plain:
+        return values, missing
     at = np.ix_(rows.own, columns.own)
     gone = missing[at]
     gone[~rows.inside] = True
@@ -110,12 +112,14 @@ def interpolate(values: NDArray[Any], missing: Bools, rows: Axis, columns: Axis,
     if method == "nearest":
         return values[at], gone
     wide = values.dtype.itemsize > 2 and values.dtype != np.float32
-    source = np.where(missing, 0, values).astype(np.float64 if wide else np.float32)
+    source: Floats = np.where(missing, 0, values).astype(np.float64 if wide else np.float32)
     kernel = [(rows.cubic, columns.cubic), (rows.linear, columns.linear)][method == "bilinear"]
     out = _weighted(source, *kernel)
     if missing.any():
         beside = _touched(missing, *kernel)
-        total = _weighted((~missing).astype(source.dtype), rows.linear, columns.linear)
+        total = _weighted(
+            (~missing).astype(np.float64 if wide else np.float32), rows.linear, columns.linear
+        )
         linear = _weighted(source, rows.linear, columns.linear)
         # Where a place is not missing its own pixel weighs at least a quarter.
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -135,7 +139,8 @@ def _weighted(
     down = [w.astype(source.dtype)[:, None] * source[k] for k, w in zip(*rows, strict=True)]
     between: Floats = sum(down[1:], down[0])
     across = [w.astype(source.dtype) * between[:, k] for k, w in zip(*columns, strict=True)]
-    return sum(across[1:], across[0])
+    out: Floats = sum(across[1:], across[0])
+    return out
 
 
 def _touched(

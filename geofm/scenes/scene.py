@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from geofm.errors import BandError, PixelError, RasterError
 from geofm.scenes.files import reading
-from geofm.scenes.resample import Axis, axis_of, interpolate
+from geofm.scenes.resample import RESAMPLINGS, Axis, axis_of, interpolate
 from geofm.spectral import sensor as sensor_of
 
 if TYPE_CHECKING:
@@ -267,6 +267,10 @@ class SceneReader:
         """
         scene = self.scene
         chosen = scene.select(bands)
+        if resampling not in RESAMPLINGS:
+            raise RasterError(
+                f"resampling is {resampling!r}; expected one of {', '.join(RESAMPLINGS)}"
+            )
         top, left, height, width = _whole(window, scene)
         rows = max(top, 0), min(top + height, scene.height)
         columns = max(left, 0), min(left + width, scene.width)
@@ -284,7 +288,7 @@ class SceneReader:
             if mask_classes and scene.classification is not None:
                 classes, _ = self._band(scene.classification, rows, columns, "nearest", ())
                 missing[:, place[0], place[1]] |= np.isin(classes, list(mask_classes))
-        return np.ma.MaskedArray(values, missing)
+        return np.ma.MaskedArray(values, missing, fill_value=0)
 
     def _band(
         self,
@@ -295,10 +299,10 @@ class SceneReader:
         nodata: tuple[float, ...] | None = None,
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
         file = self._file(band.path)
-        down = axis_of(*rows, band.ratio[1], band.shift[1], file.height, method)
-        across = axis_of(*columns, band.ratio[0], band.shift[0], file.width, method)
         if band.on_grid:
             method = "nearest"
+        down = axis_of(*rows, band.ratio[1], band.shift[1], file.height, method)
+        across = axis_of(*columns, band.ratio[0], band.shift[0], file.width, method)
         values, missing = self._pixels(band, down, across)
         refused = self.scene.nodata if nodata is None else nodata
         for value in refused:
@@ -306,8 +310,9 @@ class SceneReader:
         out, gone = interpolate(values, missing, down, across, method)
         if method != "nearest" and out.dtype.kind in "iu":
             # Rounding must not make a value that means something else.
+            highest = np.iinfo(out.dtype).max
             for value in refused:
-                out[(out == value) & ~gone] += 1
+                out[(out == value) & ~gone] += -1 if value == highest else 1
         return out, gone
 
     def _pixels(
@@ -336,9 +341,10 @@ def _whole(window: Any, scene: Scene) -> tuple[int, int, int, int]:
     """Top, left, height and width of a window."""
     if window is None:
         return 0, 0, scene.height, scene.width
-    parts = [getattr(window, n, None) for n in ("row_off", "col_off", "height", "width")]
-    if None in parts:
+    names = ("row_off", "col_off", "height", "width")
+    if not all(hasattr(window, name) for name in names):
         raise RasterError(f"window is a rasterio Window(column, row, width, height), got {window}")
+    parts: list[float] = [getattr(window, name) for name in names]
     if any(float(part) != int(part) for part in parts) or min(parts[2:]) < 1:
         raise RasterError(f"a window has whole pixels, at least one; got {window}")
     top, left, height, width = (int(part) for part in parts)
