@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
 import torch
 from conftest import data
+from rasterio.windows import Window
 from sklearn.decomposition import PCA
+from test_windows import noise, small_mpmae
 
 import geofm
 from geofm.datasets import samples
-from geofm.raster import embed_raster, principal_components, read_image
+from geofm.raster import RasterImage, embed_raster, principal_components, read_image
 
 L2A = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B11 B12".split()
 L1C = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12".split()
@@ -278,7 +282,7 @@ def test_declared_scales_are_pointed_out(
 
 
 def test_true_colour_follows_the_images_own_sensor(scene: Path, tmp_path: Path) -> None:
-    from geofm.raster import _true_colour
+    from geofm.raster.picture import _true_colour
 
     with rasterio.open(scene) as source:
         image = read_image(scene, [f"SR_B{i}" for i in range(1, 13)])
@@ -292,6 +296,111 @@ def test_true_colour_follows_the_images_own_sensor(scene: Path, tmp_path: Path) 
 def test_images_beyond_memory_are_refused_before_they_are_computed(
     model: torch.nn.Module, scene: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("geofm.raster._MAX_BYTES", 1e6)
+    monkeypatch.setattr("geofm.raster.embed._MAX_WINDOW_BYTES", 1e6)
     with pytest.raises(geofm.GeofmError, match="in one pass"):
         embed_raster(model, scene, level="L2A")
+
+
+# --- inputs of other kinds ---------------------------------------------------------------------
+
+
+def test_rotated_rasters_are_georeferenced(tmp_path: Path) -> None:
+    model = small_mpmae(0.0, stem_padding="classification")
+    affine = rasterio.Affine.translation(4e5, 5e6) @ rasterio.Affine.rotation(30)
+    affine = affine @ rasterio.Affine.scale(10, -10)
+    image = dataclasses.replace(noise(80, 80), transform=tuple(affine)[:6])
+    embed_raster(model, image, tmp_path / "out.tif")
+    with rasterio.open(tmp_path / "out.tif") as file:
+        # The first cell of an unpadded stem covers pixels 1 to 8.
+        assert file.transform @ (0, 0) == pytest.approx(affine @ (1, 1))
+        assert file.transform @ (3, 5) == pytest.approx(affine @ (25, 41))
+    flat = dataclasses.replace(image, transform=(10.0, 10.0, 0.0, 10.0, 10.0, 0.0))
+    with pytest.raises(geofm.RasterError, match="pixels have no area"):
+        embed_raster(model, flat)
+
+
+def test_a_missing_crs_is_reported_and_stays_missing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = dataclasses.replace(noise(40, 40), crs=None)
+    embed_raster(small_mpmae(0.0, stem_padding="aligned"), image, tmp_path / "out.tif")
+    assert "no coordinate reference system" in caplog.text
+    with rasterio.open(tmp_path / "out.tif") as file:
+        assert file.crs is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [("complex64", "has complex64 pixels.*amplitude"), ("int8", "these are 8 bits")],
+)
+def test_pixels_that_are_no_reflectance_are_refused(dtype: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "in.tif"
+    profile = {"driver": "GTiff", "width": 40, "height": 40, "count": 2, "dtype": dtype}
+    with rasterio.open(path, "w", **profile, crs="EPSG:32631", transform=(1, 0, 0, 0, -1, 0)) as f:
+        f.write(np.ones((2, 40, 40), dtype))
+    with pytest.raises(geofm.GeofmError, match=words):
+        embed_raster(
+            small_mpmae(0.0, stem_padding="aligned"), path, tmp_path / "out.tif", ["B2", "B3"]
+        )
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.tif"]
+
+
+def test_a_missing_band_is_named(tmp_path: Path) -> None:
+    image = dataclasses.replace(noise(40, 40), bands=("B2", "B4"))
+    with pytest.raises(geofm.BandError, match="B3"):
+        embed_raster(small_mpmae(0.0, stem_padding="aligned"), image, tmp_path / "out.tif")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window": 60}, "multiple of the model's cells of 8 px, got 60; take 64"),
+        ({"window": "large"}, "'tile' or 'image', got 'large'"),
+        ({"window": 64, "overlap": 64}, "less than the window"),
+        ({"overlap": 4}, "multiple of the model's cells"),
+        ({"blend": "median"}, "smooth or centre"),
+        ({"stride": 3}, r"no map with 3 px per cell; it has \[1, 2, 4, 8\]"),
+        ({"stride": 2, "pooled": True}, "chooses a map"),
+        ({"dtype": "float64"}, "dtype is one of"),
+        ({"compress": "jpeg"}, "compress is"),
+        ({"min_valid": 50}, "share from 0 to 1"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"pca": 0}, "pca must be"),
+        ({"pca": 9}, "9 principal components need"),
+        ({"mask_classes": [3]}, "no classification"),
+        ({"fit": "any"}, "for tiles"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "in.tif"
+    profile = {"driver": "GTiff", "width": 40, "height": 40, "count": 2, "dtype": "uint16"}
+    with rasterio.open(path, "w", **profile, crs="EPSG:32631", transform=(1, 0, 0, 0, -1, 0)) as f:
+        f.write(noise(40, 40).pixels.data)
+    model = small_mpmae(0.0, stem_padding="aligned")
+    with pytest.raises(geofm.GeofmError, match=words):
+        embed_raster(model, path, tmp_path / "out.tif", ["B2", "B3"], **options)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.tif"]
+
+
+def test_scenes_are_read_band_by_band_on_their_finest_grid(
+    model: torch.nn.Module, tmp_path: Path
+) -> None:
+    folder = data("major_tom", "199U", "199U_1099R")
+    (product,) = folder.iterdir()
+    # A part, as it is about reading.
+    scene = dataclasses.replace(geofm.open_scene(product, offset=-1000), width=264, height=344)
+    got = embed_raster(model, scene, tmp_path / "out.tif", picture=tmp_path / "out.png")
+    assert got.shape == (320, -(-scene.height // 8), -(-scene.width // 8))
+    # A window must be the same once it is cut out of the scene.
+    first = embed_raster(model, scene, window=112, overlap=0, blend="centre").values
+    alone = scene.read(Window(112, 224, 112, 112))
+    image = RasterImage(alone, tuple(scene.bands), tuple(scene.transform)[:6], None)
+    expected = embed_raster(
+        model, image, window=112, overlap=0, level="L2A", offset=-1000, blend="centre"
+    ).values
+    np.testing.assert_allclose(first[:, 28:42, 14:28], expected, atol=1e-4)
+    with pytest.raises(geofm.PixelError, match="say others in open_scene"):
+        embed_raster(model, scene, level="L1C")
