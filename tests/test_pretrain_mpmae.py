@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 
 import numpy as np
@@ -14,7 +15,7 @@ from conftest import PARITY, _fill, parity
 import geofm
 from geofm.pretrain import MODALITIES, MaskedAutoencoder, Modality
 from geofm.pretrain.mpmae import BANDS
-from geofm.pretrain.pretext import summary
+from geofm.pretrain.pretext import UncertaintyWeighting, means, summary
 
 TINY = {"decoder_dim": 32, "modalities": ["sentinel2", "month"]}
 
@@ -251,6 +252,28 @@ def test_missing_targets_add_nothing() -> None:
     )
 
 
+def test_a_process_that_knows_nothing_of_a_modality_counts_its_weight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Two processes: the first knows both modalities, the second the first one alone.
+    sums, counts = torch.tensor([[8.0, 6.0], [4.0, 0.0]]), torch.tensor([[2.0, 3.0], [2.0, 0.0]])
+    everyone = torch.stack([counts.sum(0), sums.sum(0)])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.copy_(everyone))
+    weighting = UncertaintyWeighting(2)
+    torch.nn.init.constant_(weighting.log_vars, 0.5)
+    totals = [
+        weighting(*means(total.unbind(), count.unbind(), everywhere=True))
+        for total, count in zip(sums, counts, strict=True)
+    ]
+    torch.stack(totals).mean().backward()
+    losses = torch.tensor([12 / 4, 6 / 3])
+    expected = (losses * math.exp(-0.5) + 0.5).sum()
+    torch.testing.assert_close(torch.stack(totals).mean(), expected)
+    torch.testing.assert_close(weighting.log_vars.grad, 1 - losses * math.exp(-0.5))
+
+
 def test_excluded_pixels_leave_the_mean_over_the_others() -> None:
     target = torch.randn(2, 1, 56, 56)
     shown = [Modality("height", "pixels", 1)]
@@ -290,6 +313,24 @@ def test_a_summary_tells_mean_deviation_and_roughness_of_known_values() -> None:
     assert mean[1].item() == 0
     assert roughness[1].exp().item() == pytest.approx(np.sqrt(4 / 2) + 0.01, rel=1e-5)
     assert torch.isnan(torch.stack([mean[2], deviation[2], roughness[2]])).all()
+
+
+def test_tile_targets_can_be_told_from_the_features_that_users_get(tmp_path) -> None:
+    method = MaskedAutoencoder("mpmae_atto", tile_targets="encoder", **TINY)
+    _shake(method)
+    batch = tile_batch(3)
+    with torch.no_grad():
+        mask = method.random_mask({}, 3, 7)
+        encoded = method.encode(batch["sentinel2"], mask)
+        pooled = method.encoder.norm(encoded.sum((2, 3)) / (~mask).sum(1, keepdim=True))
+        expected = (method.pred_dict["month"](pooled) - batch["month"]).square().mean()
+        torch.testing.assert_close(method(batch, mask)["month"], expected)
+    method(batch)["total"].backward()
+    assert method.encoder.norm.weight.grad.any()
+    exported = method.export()
+    torch.save(exported.state, tmp_path / "encoder.pt")
+    model = geofm.create_model("mpmae_atto", pretrained=tmp_path / "encoder.pt", num_classes=0)
+    assert torch.equal(model.norm.weight, method.encoder.norm.weight)
 
 
 def test_a_weight_scales_one_loss() -> None:

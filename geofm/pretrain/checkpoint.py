@@ -198,18 +198,22 @@ def _to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune(folder: Path, keep: int, best: int | None) -> None:
+def prune(folder: Path, step: int, keep: int, best: int | None) -> None:
     """Delete checkpoints but the latest and the best.
+
+    Those of later steps are damaged ones that the run went back from: they do not count, or they
+    would crowd out the sound ones.
 
     Args:
         folder: Of the run.
+        step: Steps done.
         keep: How many of the latest stay.
         best: Step of the one that stays besides.
     """
-    known = checkpoints_in(folder)
-    for step in sorted(known)[:-keep]:
-        if step != best:
-            known[step].unlink()
+    known = {number: path for number, path in checkpoints_in(folder).items() if number <= step}
+    for number in sorted(known)[:-keep]:
+        if number != best:
+            known[number].unlink()
 
 
 # --- random numbers -----------------------------------------------------------------------------

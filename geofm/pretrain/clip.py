@@ -124,11 +124,7 @@ class ContrastiveLanguageImage(Method):
             losses are over its own samples against those of all, so that their mean over the
             ranks, and that of their gradients, is what one process with all samples computes.
         """
-        text = batch["prompt"]
-        tokens = text if isinstance(text, Tensor) else self.model.tokenize(text)
-        tokens = tokens.to(batch["image"].device)
-        if len(tokens) != len(batch["image"]):
-            raise ModelError(f"{len(batch['image'])} images, but {len(tokens)} prompts")
+        tokens = self._tokens_of(batch)
         image = self._encode_observations(batch["image"], batch["auxiliary"])
         names = self.model.encode_text(tokens)
         # A temperature of 0.07 magnifies what half precision rounds off.
@@ -137,6 +133,15 @@ class ContrastiveLanguageImage(Method):
             image = F.normalize(image.to(precise), dim=-1)
             names = F.normalize(names.to(precise), dim=-1)
             return self._losses(image, names, tokens)
+
+    # Words are no part of a compiled graph: each would make another.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _tokens_of(self, batch: Mapping[str, Any]) -> Tensor:
+        text = batch["prompt"]
+        tokens = text if isinstance(text, Tensor) else self.model.tokenize(text)
+        if len(tokens) != len(batch["image"]):
+            raise ModelError(f"{len(batch['image'])} images, but {len(tokens)} prompts")
+        return tokens.to(batch["image"].device)
 
     def export(self) -> Exported:
         """The trained model: both towers and the fusion.

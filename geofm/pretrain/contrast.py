@@ -157,10 +157,15 @@ class _MomentumLearner(Method):
             PixelError: There is no such tensor, or it has too few seasons.
             ModelError: As `step`.
         """
+        return self.step(*self._views_of(batch))
+
+    # What is left to chance is no part of a compiled graph: each draw would make another.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _views_of(self, batch: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
         images = batch.get("image")
         if not isinstance(images, Tensor):
             raise PixelError(f"the batch lacks a tensor 'image'; it has {', '.join(batch)}")
-        return self.step(*self.views(images, draws_of(batch, len(images))))
+        return self.views(images, draws_of(batch, len(images)))
 
     def step(self, query: Tensor, keys: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
         """One step of the learner: the keys' side follows, losses, and the keys enter the queue.

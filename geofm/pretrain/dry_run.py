@@ -80,10 +80,11 @@ def _size(dataset: Any, recipe: Recipe) -> str:
 
 def _steps(recipe: Recipe, plan: Plan, per_epoch: int, samples: str) -> list[str]:
     steps, warmup = lengths(recipe, per_epoch)
+    longer = " (longer than the run: lower schedule.warmup_epochs)" if warmup > steps else ""
     return [
         f"# samples: {samples}; a step takes {plan.samples_per_step:,} ({plan.world} x {plan.batch}"
         f" x {plan.accumulate} accumulated)",
-        f"# steps: {steps:,}, of which {warmup:,} are warm-up; {per_epoch:,} an epoch",
+        f"# steps: {steps:,}, of which {warmup:,} are warm-up{longer}; {per_epoch:,} an epoch",
         f"# learning rate after warm-up: {plan.lr:.4g}",
     ]
 

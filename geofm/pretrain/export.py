@@ -18,7 +18,7 @@ from geofm import __version__, registry
 from geofm.adapt import spec_for_bands
 from geofm.auxiliary import Variable
 from geofm.cards import InputSpec, WeightCard, published_cards, read_card
-from geofm.errors import ModelError
+from geofm.errors import CardError, ModelError
 from geofm.hub import sha256_of
 from geofm.pretrain.checkpoint import CheckpointError, checkpoints_in, is_sound, read_state
 from geofm.pretrain.feed import class_of
@@ -172,11 +172,19 @@ def export_run(folder: str | Path, which: str = "last", half: bool | None = None
     part.write_text(toml(content), encoding="utf-8")
     card = read_card(part)
     for other in folder.glob(f"{exported.model}.*.toml"):
-        # A folder of weights has one card; the run's tag may have changed.
-        other.unlink()
+        # A folder of weights has one card; the run's tag may have changed. Others' cards stay.
+        if _recipe_hash(other) == card.training["recipe_hash"]:
+            other.unlink()
     part.replace(path)
     logger.info("wrote %s (%d tensors)", file, len(weights))
     return replace(card, path=path)
+
+
+def _recipe_hash(path: Path) -> Any:
+    try:
+        return read_card(path).training.get("recipe_hash")
+    except CardError:
+        return None
 
 
 def _chosen(folder: Path, which: str) -> Path:

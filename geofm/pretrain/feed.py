@@ -137,7 +137,13 @@ def _generated(data: Data, folder: Path) -> Path:
             for path in sorted(unfinished.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
         unfinished.mkdir(parents=True, exist_ok=True)
-        class_of(data.kind, _WRITERS, "data.kind")(unfinished, **(data.generate or {}))
+        write = class_of(data.kind, _WRITERS, "data.kind")
+        try:
+            write(unfinished, **(data.generate or {}))
+        except TypeError as error:
+            raise RecipeError(
+                f"data.generate {data.generate} does not suit {data.kind}: {error}"
+            ) from error
         unfinished.rename(target)
     return target
 

@@ -38,7 +38,7 @@ from geofm.pretrain.export import build_method, card_facts, export_run
 from geofm.pretrain.feed import Batch, Feed, open_data, open_feed
 from geofm.pretrain.journal import Journal
 from geofm.pretrain.plan import Plan, learning_rate, lengths, plan_for
-from geofm.pretrain.recipe import Recipe, differences, read_recipe, to_yaml
+from geofm.pretrain.recipe import Recipe, RecipeError, differences, read_recipe, to_yaml
 
 __all__ = [
     "NonFiniteLossError",
@@ -55,6 +55,8 @@ logger = logging.getLogger(__name__)
 
 # Of the running mean of the loss by which the best checkpoint is chosen.
 _SMOOTHING = 0.99
+# By this line a run knows its own file from one that somebody wrote.
+_RECIPE_HEAD = "# Written by geofm pretrain: the resolved recipe of the run in this folder.\n"
 
 
 class NonFiniteLossError(GeofmError, FloatingPointError):
@@ -161,6 +163,14 @@ def setup(recipe: Recipe, folder: Path, resume: str, command: str) -> Run:
         dataset = open_data(recipe.data, folder, plan.seed)
     feed = open_feed(dataset, plan, recipe.data, pin=fabric.device.type == "cuda")
     steps, warmup = lengths(recipe, feed.steps_per_epoch)
+    if warmup > steps and fabric.is_global_zero:
+        logger.warning(
+            "the warm-up (%d steps) is longer than the run (%d), so the learning rate ends at %.2g "
+            "of the stated one: lower schedule.warmup_epochs",
+            warmup,
+            steps,
+            learning_rate(steps - 1, steps, warmup, recipe),
+        )
     method = build_method(recipe)
     facts = card_facts(recipe, dataset, method, command)
     optimizer = make_optimizer(recipe, plan, method)
@@ -174,10 +184,12 @@ def setup(recipe: Recipe, folder: Path, resume: str, command: str) -> Run:
     if found is not None:
         progress = _restore(fabric, found, recipe, plan, module, optimizer, feed)
         logger.warning("going on from %s after step %d", found, progress.step)
+    else:
+        _spare_foreign_recipe(folder / "recipe.yaml")
     fabric.barrier()
     journal = None
     if fabric.is_global_zero:
-        (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(_RECIPE_HEAD + to_yaml(recipe), encoding="utf-8")
         journal = Journal(folder, progress.step, recipe.output.tensorboard)
     module.train()
     return Run(
@@ -299,10 +311,19 @@ def save(run: Run) -> None:
     }
     write_state(fabric, path_of(run.folder, progress.step), state)
     if fabric.is_global_zero:
-        prune(run.folder, run.recipe.output.keep, (progress.best or {}).get("step"))
+        best_step = (progress.best or {}).get("step")
+        prune(run.folder, progress.step, run.recipe.output.keep, best_step)
 
 
 # --- the parts of setup -------------------------------------------------------------------------
+
+
+def _spare_foreign_recipe(path: Path) -> None:
+    if path.exists() and not path.read_text(encoding="utf-8").startswith(_RECIPE_HEAD):
+        raise RecipeError(
+            f"{path} was not written by a run, and a run in this folder would write over it: "
+            f"choose another folder (-o), or give the file another name"
+        )
 
 
 def _restore(

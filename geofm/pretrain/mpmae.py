@@ -76,6 +76,9 @@ class MaskedAutoencoder(Method):
         missing: What a NaN in a ``"pixels"`` target counts as: ``"zero"``: the value 0, as
             published; ``"exclude"``: no error there, nor at values of exactly 0, which normalized
             data hold where something is missing.
+        tile_targets: What ``"vector"``, ``"category"`` and ``"summary"`` targets are told from by
+            one linear layer: the ``"decoder"``'s mean, as published, or the ``"encoder"``'s pooled
+            features, the very ones that the trained encoder gives its users.
 
     Raises:
         ModelError: An argument is out of its range.
@@ -99,11 +102,13 @@ class MaskedAutoencoder(Method):
         decoder_depth: int = 1,
         flips: bool = False,
         missing: Literal["zero", "exclude"] = "zero",
+        tile_targets: Literal["decoder", "encoder"] = "decoder",
     ) -> None:
         super().__init__()
         _check_choice("loss", loss, ("uncertainty", "equal"))
         _check_choice("grn_scope", grn_scope, ("sample", "batch"))
         _check_choice("missing", missing, ("zero", "exclude"))
+        _check_choice("tile_targets", tile_targets, ("decoder", "encoder"))
         if not 0 < mask_ratio < 1:
             raise ModelError(f"mask_ratio must lie between 0 and 1, got {mask_ratio!r}")
         self.size = 7 * patch_size if size is None else size
@@ -117,6 +122,7 @@ class MaskedAutoencoder(Method):
         self.input = input
         self.flips = flips
         self.missing = missing
+        self.tile_targets = tile_targets
         self.bands = tuple(input_bands if bands is None else bands)
         self._channels = _positions(self.bands, tuple(input_bands))
 
@@ -126,13 +132,20 @@ class MaskedAutoencoder(Method):
         self.proj = nn.Conv2d(width, decoder_dim, 1)
         self.decoder = nn.Sequential(*(Block(decoder_dim) for _ in range(decoder_depth)))
         self.layer_norm_tmp = nn.LayerNorm(decoder_dim, eps=LAYER_NORM_EPS)
+        tile_width = decoder_dim if tile_targets == "decoder" else width
         self.pred_dict = nn.ModuleDict(
-            {m.name: _head(m, decoder_dim, patch_size) for m in self.modalities}
+            {
+                m.name: _head(m, decoder_dim if m.per_pixel else tile_width, patch_size)
+                for m in self.modalities
+            }
         )
         self.loss_fn = UncertaintyWeighting(len(self.modalities)) if loss == "uncertainty" else None
-        if all(m.per_pixel for m in self.modalities):
-            # A parameter without gradient stops distributed training.
-            self.layer_norm_tmp.requires_grad_(False)
+        tiles = not all(m.per_pixel for m in self.modalities)
+        # A parameter without gradient stops distributed training.
+        self.layer_norm_tmp.requires_grad_(tiles and tile_targets == "decoder")
+        if not (tiles and tile_targets == "encoder"):
+            # The norm of the classification head has no part in the published pretraining.
+            self.encoder.norm = nn.Identity()
         self._init_decoder()
         self.register_load_state_dict_pre_hook(_from_published)  # type: ignore[no-untyped-call]
 
@@ -185,7 +198,7 @@ class MaskedAutoencoder(Method):
             ModelError: A shape does not fit, or samples differ in their number of visible patches.
         """
         grid = self._grid_of(pixels)
-        visible = Visible.of(mask, len(pixels), grid)
+        visible = Visible.of(mask.to(pixels.device), len(pixels), grid)
         rows = encode_visible(self.encoder, pixels, visible, self.grn_scope)
         return visible.to_grid(rows, side=1).contiguous()
 
@@ -218,7 +231,7 @@ class MaskedAutoencoder(Method):
             ModelError: A modality is absent from `targets` or its shape does not fit.
         """
         count, _, grid, _ = encoded.shape
-        visible = Visible.of(mask, count, grid)
+        visible = Visible.of(mask.to(encoded.device), count, grid)
         rows = encoded.permute(0, 2, 3, 1).flatten(0, 2)[visible.patches]
         return self._losses(targets, rows, visible)
 
@@ -237,6 +250,8 @@ class MaskedAutoencoder(Method):
         pooled = None
         if self.layer_norm_tmp.weight.requires_grad:
             pooled = self.layer_norm_tmp(decoded).mean((1, 2))
+        elif self.tile_targets == "encoder":
+            pooled = self.encoder.norm(rows.view(visible.count, -1, rows.shape[1]).mean(1))
         sums, counts = [], []
         for m in self.modalities:
             source = hidden if m.per_pixel else pooled
@@ -247,8 +262,8 @@ class MaskedAutoencoder(Method):
                 error, count = self._loss(m, predicted.float(), targets[m.key], visible)
             sums.append(m.weight * error)
             counts.append(count)
-        values = means(sums, counts, everywhere=self.training)
-        total = values.sum() if self.loss_fn is None else self.loss_fn(values)
+        values, present = means(sums, counts, everywhere=self.training)
+        total = values.sum() if self.loss_fn is None else self.loss_fn(values, present)
         names = [m.name for m in self.modalities]
         return {**dict(zip(names, values.unbind(), strict=True)), "total": total}
 
@@ -424,8 +439,6 @@ def _encoder(name: str, in_chans: int, patch_size: int, size: int) -> MPMAE:
         grn_eps=_ENCODER_GRN_EPS,
         **found.arguments,
     )
-    # The norm of the classification head has no part in pretraining.
-    model.norm = nn.Identity()
     return model
 
 

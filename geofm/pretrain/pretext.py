@@ -114,17 +114,20 @@ class UncertaintyWeighting(nn.Module):
         super().__init__()
         self.log_vars = nn.Parameter(torch.zeros(count))
 
-    def forward(self, losses: Tensor) -> Tensor:
+    def forward(self, losses: Tensor, present: Tensor | None = None) -> Tensor:
         """Combine losses.
 
         Args:
-            losses: (count,). One of exactly 0 had nothing to compare and adds nothing.
+            losses: (count,).
+            present: (count,) bool, which of them had something to compare; the others add nothing.
+                None: those that are not exactly 0.
 
         Returns:
             A scalar.
         """
         weighted = torch.exp(-self.log_vars) * losses + self.log_vars
-        return torch.where(losses != 0, weighted, torch.zeros_like(weighted)).sum()
+        present = losses != 0 if present is None else present
+        return torch.where(present, weighted, torch.zeros_like(weighted)).sum()
 
 
 def squared_error(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +218,9 @@ def summary(target: Tensor, missing: str) -> Tensor:
     return torch.cat([centre, *((x + _DEVIATION_EPS).log() for x in (deviation, roughness))], 1)
 
 
-def means(sums: Sequence[Tensor], counts: Sequence[Tensor], everywhere: bool) -> Tensor:
+def means(
+    sums: Sequence[Tensor], counts: Sequence[Tensor], everywhere: bool
+) -> tuple[Tensor, Tensor]:
     """Means of losses, over the batches of all processes where there are several.
 
     Processes know different numbers of values; a mean of their means would depend on how samples
@@ -228,13 +233,16 @@ def means(sums: Sequence[Tensor], counts: Sequence[Tensor], everywhere: bool) ->
         everywhere: Count over all processes; all of them must call this then.
 
     Returns:
-        (losses,); 0 where nothing is known anywhere.
+        (losses,); 0 where nothing is known. And which are not 0, on any process where all count: a
+        process that knows nothing of a modality still has to count its weight like the others.
     """
     total = torch.stack(list(sums))
     count = torch.stack(list(counts)).to(total.dtype)
+    error = total.detach()
     grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
     if everywhere and grouped:
-        torch.distributed.all_reduce(count)
-        count = count / torch.distributed.get_world_size()
+        both = torch.stack([count, error])
+        torch.distributed.all_reduce(both)
+        count, error = both[0] / torch.distributed.get_world_size(), both[1]
     # Below 1 only where processes have less than one value each on average.
-    return total / torch.where(count > 0, count, 1)
+    return total / torch.where(count > 0, count, 1), error != 0
