@@ -44,7 +44,7 @@ class Dense(nn.Module):
         for m in method.modalities:
             decoded = method.decoder(x)
             head = method.pred_dict[m.name]
-            if not m.spatial:
+            if not m.per_pixel:
                 decoded = method.layer_norm_tmp(decoded.permute(0, 2, 3, 1)).mean((1, 2))
                 losses[m.name] = self._tile(m.kind, head(decoded), batch[m.name])
                 continue

@@ -104,10 +104,10 @@ def _parser() -> argparse.ArgumentParser:
     kinds = ("scene", "eurosat", "globalgeotree", "mmearth", "ssl4eco")
     sample.add_argument("kind", choices=kinds)
     sample.add_argument("output", type=Path, help="GeoTIFF (scene) or folder (the others)")
-    sample.add_argument("--size", type=int, default=None, help="side in px")
+    sample.add_argument("--size", type=_positive, default=None, help="side in px")
     sample.add_argument(
         "--n",
-        type=int,
+        type=_positive,
         default=None,
         help="tiles per class (eurosat: 6), observations (globalgeotree: 6), tiles (mmearth: 64) "
         "or places (ssl4eco: 16)",
@@ -172,6 +172,12 @@ def _add_zero_shot(commands: Any) -> None:
     command.add_argument("--georeference", type=Path, help="a raster of the series' place")
     command.add_argument("--skip", action="store_true", help="leave out and count broken samples")
     command.set_defaults(run=_zero_shot)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
 
 
 def _add_pretrain(commands: Any) -> None:
@@ -415,7 +421,7 @@ def _pretrain(options: argparse.Namespace) -> int:
     words = [options.recipe, *options.overrides, *(["--quick"] if options.quick else [])]
     run = pretrain(recipe, folder, options.resume, f"geofm pretrain {shlex.join(words)}")
     if run.fabric.is_global_zero and run.progress.step == run.steps:
-        (card_path,) = folder.glob("*.toml")
+        card_path = next(folder.glob(f"*.{recipe.card.tag}.toml"))
         model = card_path.name.partition(".")[0]
         print(
             f"wrote {card_path}; load it: geofm.create_model({model!r}, pretrained={str(folder)!r})"

@@ -47,6 +47,16 @@ def test_sample_and_embed_make_a_map_and_a_picture(
         assert file.count == 320
 
 
+@pytest.mark.parametrize("count", ["0", "-3", "many"])
+def test_sample_refuses_a_number_that_cannot_be(
+    count: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["sample", "mmearth", str(tmp_path / "set"), "--n", count])
+    assert "whole number of at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
 def test_embed_is_the_same_every_time(tmp_path: Path) -> None:
     scene = tmp_path / "scene.tif"
     main(["sample", "scene", str(scene), "--size", "64"])

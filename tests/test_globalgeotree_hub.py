@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from geofm.datasets import globalgeotree_stream as module
 from geofm.datasets.globalgeotree import GlobalGeoTree, ShardError, collate, read_shards
-from geofm.datasets.globalgeotree_hub import HubShard, shards_from_hub
+from geofm.datasets.globalgeotree_hub import HubShard, shards_at, shards_from_hub
 from geofm.datasets.globalgeotree_samples import write_shards
 from geofm.datasets.globalgeotree_stream import GlobalGeoTreeStream, ResumeError
 from geofm.datasets.observations import DataNotFoundError
@@ -352,6 +352,16 @@ def test_a_shard_is_fetched_when_its_turn_comes_and_once(host: ListingHost) -> N
     assert len([*first, *reader]) == 21
     assert len(list(read_shards(files))) == 21
     assert fetched(host) == ["t-00.tar", "t-01.tar", "t-02.tar"]
+
+
+def test_an_address_names_shards_in_one_line_as_a_recipe_does(host: ListingHost) -> None:
+    address = f"hf://datasets/{REPO}@{COMMIT}/train/t-{{00..02}}.tar"
+    stream = GlobalGeoTreeStream(address)
+    assert stream.files == shards_from_hub(REPO, "train/t-{00..02}.tar", COMMIT)
+    assert len(take(stream, 7)) == 7
+    assert shards_at(f"hf://datasets/{REPO}/t.{{1..1}}")[0].revision == "main"
+    with pytest.raises(DataNotFoundError, match="expected hf://datasets/<owner>/<name>"):
+        GlobalGeoTreeStream("hf://datasets/trees")
 
 
 def test_resuming_does_not_fetch_what_is_done(host: ListingHost) -> None:

@@ -18,6 +18,7 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
 from geofm import create_model
@@ -384,3 +385,15 @@ def test_a_vit_b16_of_open_clip_fits_the_published_model() -> None:
     found = towers_from_clip(state, 10)
     wanted = {k: v for k, v in own.items() if k.startswith(("series.trunk.", "text."))}
     assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in wanted.items()}
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_not_compiled_anew_for_other_words() -> None:
+    counter = CompileCounter()
+    step = torch.compile(method(), backend=counter)
+    counts = []
+    for number in range(3):
+        # As many tokens, other words.
+        step({**batch(2), "prompt": [f"tree {number}", f"bush {number}"]})
+        counts.append(counter.frame_count)
+    assert counts[0] == counts[1] == counts[2]

@@ -16,6 +16,7 @@ import torch.multiprocessing as mp
 from conftest import PARITY, _fill
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
 
 import geofm
@@ -495,3 +496,12 @@ def test_two_processes_share_one_queue_and_train_as_one_with_the_whole_batch(
             state = found[f"{method.__name__} state"][name]
             torch.testing.assert_close(state, value, rtol=1e-4, atol=1e-5)
             assert torch.equal(state, seen[f"{method.__name__} state"][name]), name
+
+
+def test_a_compiled_step_is_not_compiled_anew_for_every_batch() -> None:
+    counter = CompileCounter()
+    method = learner()
+    step = torch.compile(method, backend=counter)
+    for number in range(3):
+        step({"image": tiles(), "draw": torch.arange(4) + 4 * number})
+    assert counter.frame_count == 1

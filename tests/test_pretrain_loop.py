@@ -7,6 +7,8 @@ import json
 import math
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -263,6 +265,33 @@ def test_the_last_checkpoints_and_the_best_stay(whole: Path) -> None:
     assert best["smoothed"] == min(smoothed)
 
 
+def test_damaged_checkpoints_of_later_steps_do_not_crowd_out_new_ones(tmp_path: Path) -> None:
+    stopped_after(20, tmp_path)
+    for step in (15, 20):
+        checkpoints_in(tmp_path)[step].write_bytes(b"")
+    # Step 5 is left, as the best; the next checkpoint must outlive the two damaged ones.
+    run = loop.setup(recipe({"output": {"keep": 1}}), tmp_path, "auto", "test")
+    assert run.progress.step == 5
+    run.progress.step = 7
+    loop.save(run)
+    assert is_sound(checkpoints_in(tmp_path)[7])
+
+
+def test_a_recipe_that_somebody_wrote_is_not_written_over(tmp_path: Path) -> None:
+    mine = tmp_path / "recipe.yaml"
+    mine.write_text("# my notes\n" + json.dumps(toy.content()))
+    with pytest.raises(RecipeError, match="not written by a run"):
+        loop.setup(recipe(), tmp_path, "auto", "test")
+    assert mine.read_text().startswith("# my notes")
+
+
+def test_a_warm_up_longer_than_the_run_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop.setup(recipe({"schedule": {"warmup_epochs": 8}}), tmp_path, "auto", "test")
+    assert "the warm-up (80 steps) is longer than the run (40)" in caplog.text
+
+
 def test_a_checkpoint_is_read_without_executing_anything(whole: Path) -> None:
     state = torch.load(checkpoints_in(whole)[40], weights_only=True)
     assert {"method", "optimizer", "random", "position", "progress", "recipe"} <= set(state)
@@ -345,6 +374,19 @@ def test_half_precision_and_the_best_checkpoint_can_be_exported(whole: Path) -> 
     assert (whole / "mpmae_atto.toy.safetensors").stat().st_size < 0.6 * size
     geofm.create_model("mpmae_atto", pretrained=whole)
     export_run(whole)
+
+
+def test_an_export_deletes_no_card_but_its_own(whole: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    own = (folder / "mpmae_atto.toy.toml").read_text()
+    former, other, broken = (folder / f"mpmae_atto.{tag}.toml" for tag in ("old", "my", "odd"))
+    former.write_text(own.replace("mpmae_atto.toy", "mpmae_atto.old"))
+    other.write_text(re.sub('recipe_hash = ".*"', 'recipe_hash = "of another"', own))
+    broken.write_text("not TOML")
+    export_run(folder)
+    assert other.exists() and broken.exists() and not former.exists()
+    assert (folder / "mpmae_atto.toy.toml").exists()
 
 
 def test_tensorboard_events_are_written_on_request(tmp_path: Path) -> None:

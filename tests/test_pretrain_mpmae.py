@@ -374,6 +374,7 @@ def test_a_subset_of_bands_and_targets_trains() -> None:
         ({"modalities": []}, "at least one"),
         ({"modalities": [Modality("values", "pixels", 1)]}, "cannot name a modality"),
         ({"bands": ["B4", "B10"]}, "B10: the input has B1"),
+        ({"modalities": ["month"], "tile_targets": "encoder"}, "nothing to decode"),
         ({"mask_ratio": 1.0}, "between 0 and 1"),
         ({"size": 60}, "multiple of patch_size"),
         ({"loss": "sum"}, "'uncertainty', 'equal'"),

@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import toy_pretraining as toy
 
 from geofm.cli import main
+from geofm.errors import GeofmError
+from geofm.pretrain import MODALITIES
 from geofm.pretrain.dry_run import describe
+from geofm.pretrain.export import build_method
+from geofm.pretrain.feed import open_data
 from geofm.pretrain.plan import learning_rate, plan_for
 from geofm.pretrain.recipe import (
     RecipeError,
@@ -166,6 +170,20 @@ def test_a_dry_run_tells_steps_and_memory_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_samples_that_cannot_be_generated_so_are_an_error(tmp_path: Path) -> None:
+    recipe = load_recipe("mpmae_atto_mmearth64", ["data.generate={number: 3}"], quick=True)
+    with pytest.raises(RecipeError, match=r"data\.generate .* does not suit mmearth"):
+        open_data(recipe.data, tmp_path)
+    with pytest.raises(RecipeError, match="no writer of samples of toy_pretraining:ToyData"):
+        open_data(replace(recipe.data, kind="toy_pretraining:ToyData"), tmp_path)
+
+
+def test_mmearth_recipes_read_what_they_train_on_and_no_more() -> None:
+    for name in NAMES:
+        if "mmearth" in name:
+            assert set(load_recipe(name).data.options["modalities"]) == set(MODALITIES)
+
+
 def test_without_data_the_error_says_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,3 +216,11 @@ def test_generated_samples_of_the_recipes_are_stated_as_such() -> None:
     for name in NAMES:
         assert asdict(load_recipe(name))["data"]["generate"] is None
         assert load_recipe(name, quick=True).data.generate
+
+
+def test_a_checkpoint_is_read_without_the_files_a_run_began_with() -> None:
+    words = ["model.projection=8", "model.queue=8", "model.arguments.pretrained=/no/such/file"]
+    recipe = load_recipe("moco_resnet50_ssl4eco", words)
+    with pytest.raises(GeofmError, match="/no/such/file"):
+        build_method(recipe)
+    assert build_method(recipe, start=False).queue.shape[-1] == 8

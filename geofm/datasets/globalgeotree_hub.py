@@ -8,6 +8,7 @@ import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub import constants as hf_constants
@@ -16,10 +17,14 @@ from huggingface_hub.errors import HfHubHTTPError
 from geofm.download import explain_disk_error
 from geofm.errors import DataNotFoundError, DownloadError
 
-__all__ = ["HubShard", "shards_from_hub"]
+__all__ = ["HUB", "HubShard", "shards_at", "shards_from_hub"]
 
 logger = logging.getLogger(__name__)
 
+HUB: Final = "hf://datasets/"
+"""What the address of shards on the hub begins with."""
+
+_ADDRESS = re.compile(HUB + r"([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 # The base of all errors of the HTTP library below huggingface_hub: requests, httpx or httpx2.
 _TransportError: type[BaseException] = HfHubHTTPError.__bases__[0]
@@ -118,6 +123,29 @@ def shards_from_hub(
             f"them are {', '.join(files[:5]) or 'none'}"
         )
     return tuple(HubShard(repo_id, name, info.sha or revision or "main") for name in found)
+
+
+def shards_at(address: str) -> tuple[HubShard, ...]:
+    """`shards_from_hub` for one line of text, as a recipe's ``data.path``.
+
+    Args:
+        address: ``hf://datasets/<owner>/<name>@<revision>/<pattern>``; without a revision ``main``.
+
+    Returns:
+        The shards in a fixed order.
+
+    Raises:
+        DataNotFoundError: It is no such address, or as in `shards_from_hub`.
+        DownloadError: As in `shards_from_hub`.
+        ValueError: As in `shards_from_hub`.
+    """
+    parts = _ADDRESS.fullmatch(address)
+    if parts is None:
+        raise DataNotFoundError(
+            f"{address!r} names no shards: expected {HUB}<owner>/<name>@<revision>/<pattern>, for "
+            f"example {HUB}owner/trees@main/train/trees-{{000000..000099}}.tar"
+        )
+    return shards_from_hub(parts[1], parts[3], parts[2])
 
 
 def _numbered(pattern: str) -> list[str]:

@@ -31,6 +31,7 @@ from geofm.datasets.globalgeotree import (
     local,
     read_shards,
 )
+from geofm.datasets.globalgeotree_hub import HUB, shards_at
 from geofm.datasets.observations import Observation, collate
 from geofm.errors import AuxiliaryError, DataNotFoundError, GeofmError
 
@@ -86,7 +87,8 @@ class GlobalGeoTreeStream(IterableDataset[Sample]):
     * ``position``: (6,) int64: epoch, group of shards, block, slot, worker, number of workers
 
     Args:
-        paths: As in `geofm.datasets.read_shards`: local shards or shards on the hub.
+        paths: As in `geofm.datasets.read_shards`: local shards or shards on the hub; or an address
+            of shards on the hub, see `geofm.datasets.globalgeotree_hub.shards_at`.
         seed: Of all shuffling; not negative.
         epoch: Number of the first epoch.
         mix: Shards of a process that are open at a time and shuffled together, at least 1.
@@ -125,7 +127,8 @@ class GlobalGeoTreeStream(IterableDataset[Sample]):
             )
         if errors not in ("raise", "skip"):
             raise ValueError(f"errors is {errors!r}; expected 'raise' or 'skip'")
-        self.files = expand_paths(paths)
+        hub = isinstance(paths, str) and paths.startswith(HUB)
+        self.files = shards_at(str(paths)) if hub else expand_paths(paths)
         self.seed, self.epoch, self.mix, self.block = seed, epoch, mix, block
         chosen = published_cards()[_CARD].auxiliary if variables is None else variables
         self.variables = tuple(chosen)

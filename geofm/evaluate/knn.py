@@ -49,6 +49,8 @@ def knn_votes(
         raise ModelError(
             f"labels are {int(labels.min())} to {int(labels.max())}; expected 0 to {classes - 1}"
         )
+    # Features come from a GPU as often as labels come from the CPU.
+    labels, queries = labels.to(bank.device), queries.to(bank.device)
     bank = F.normalize(bank.float(), dim=1)
     votes = []
     for part in torch.split(F.normalize(queries.float(), dim=1), _CHUNK):
@@ -87,7 +89,7 @@ def knn_accuracy(
     if len(queries) != len(query_labels) or len(queries) == 0:
         raise ModelError(f"{len(queries)} queries and {len(query_labels)} labels of queries")
     votes = knn_votes(bank, labels, queries, k, temperature=temperature)
-    return float((votes.argmax(1) == query_labels).float().mean())
+    return float((votes.argmax(1) == query_labels.to(votes.device)).float().mean())
 
 
 def _check(bank: Tensor, labels: Tensor, queries: Tensor, k: int, temperature: float) -> None:

@@ -66,7 +66,8 @@ class LinearProbe(nn.Module):
         Returns:
             From 0 to 1.
         """
-        return float((self(features.float()).argmax(1) == labels).float().mean())
+        found = self(features.float().to(self.mean.device)).argmax(1)
+        return float((found == labels.to(found.device)).float().mean())
 
 
 def linear_probe(
@@ -121,7 +122,10 @@ def linear_probe(
             f"training features have {features.shape[1]} numbers, validation features "
             f"{val_features.shape[1]}"
         )
-    features, val_features = features.detach().float(), val_features.detach().float()
+    # Features come from a GPU as often as labels come from the CPU.
+    device = features.device
+    labels, val_labels = labels.to(device), val_labels.to(device)
+    features, val_features = features.detach().float(), val_features.detach().float().to(device)
     if num_classes is None:
         num_classes = int(torch.cat([labels, val_labels]).max()) + 1
     probe = LinearProbe(features, num_classes)

@@ -73,6 +73,8 @@ class ContrastiveLanguageImage(Method):
 
     model: GeoTreeCLIP
 
+    starting_points = ("init",)
+
     def __init__(
         self,
         model: str = "geotreeclip",

@@ -48,6 +48,8 @@ class _MomentumLearner(Method):
     seasons: ClassVar[int]
     """Dates of a place that the views are made of."""
 
+    starting_points = ("arguments.pretrained",)
+
     def __init__(
         self,
         encoder: str | nn.Module = "ssl4eco_resnet50",

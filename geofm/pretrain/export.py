@@ -55,11 +55,12 @@ def method_class(recipe: Recipe) -> type[Method]:
     return kind
 
 
-def build_method(recipe: Recipe) -> Method:
-    """The pretraining method of a recipe, with random weights.
+def build_method(recipe: Recipe, start: bool = True) -> Method:
+    """The pretraining method of a recipe, as a run begins with it.
 
     Args:
         recipe: The recipe.
+        start: False where a checkpoint follows: files of weights to begin with are not asked for.
 
     Returns:
         The method.
@@ -67,10 +68,21 @@ def build_method(recipe: Recipe) -> Method:
     Raises:
         RecipeError: There is no such method, or it does not take the arguments.
     """
+    kind, arguments = method_class(recipe), recipe.model
+    for name in () if start else kind.starting_points:
+        arguments = _without(arguments, name.split("."))
     try:
-        return method_class(recipe)(**recipe.model)
+        return kind(**arguments)
     except TypeError as error:
         raise RecipeError(f"model {recipe.model} does not suit {recipe.method}: {error}") from error
+
+
+def _without(content: Mapping[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    first, *rest = path
+    if not rest:
+        return {key: value for key, value in content.items() if key != first}
+    inner = content.get(first)
+    return {**content, first: _without(inner, rest)} if isinstance(inner, Mapping) else {**content}
 
 
 def card_facts(recipe: Recipe, dataset: Any, method: Method, command: str) -> dict[str, Any]:
@@ -141,7 +153,7 @@ def export_run(folder: str | Path, which: str = "last", half: bool | None = None
     folder = Path(folder)
     state = read_state(_chosen(folder, which))
     recipe = read_recipe(state["recipe"], "the checkpoint's recipe")
-    method = build_method(recipe)
+    method = build_method(recipe, start=False)
     try:
         method.load_state_dict(state["method"])
     except RuntimeError as error:

@@ -129,6 +129,11 @@ def class_of(name: str, known: Mapping[str, tuple[str, str]], key: str) -> Any:
 
 
 def _generated(data: Data, folder: Path) -> Path:
+    if data.kind not in _WRITERS:
+        raise RecipeError(
+            f"data.generate: there is no writer of samples of {data.kind}, only of "
+            f"{', '.join(_WRITERS)}; give data.path"
+        )
     target = folder / "generated"
     if not target.exists():
         # A killed writer must leave nothing that looks like a data set.

@@ -171,7 +171,8 @@ def setup(recipe: Recipe, folder: Path, resume: str, command: str) -> Run:
             steps,
             learning_rate(steps - 1, steps, warmup, recipe),
         )
-    method = build_method(recipe)
+    found = find_checkpoint(folder, resume)
+    method = build_method(recipe, start=found is None)
     facts = card_facts(recipe, dataset, method, command)
     optimizer = make_optimizer(recipe, plan, method)
     working = torch.compile(method) if recipe.train.compile else method
@@ -180,7 +181,6 @@ def setup(recipe: Recipe, folder: Path, resume: str, command: str) -> Run:
     fabric.seed_everything(recipe.train.seed + fabric.global_rank, verbose=False)
 
     progress = Progress()
-    found = find_checkpoint(folder, resume)
     if found is not None:
         progress = _restore(fabric, found, recipe, plan, module, optimizer, feed)
         logger.warning("going on from %s after step %d", found, progress.step)

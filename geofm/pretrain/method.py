@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,7 +37,13 @@ class Method(nn.Module):
     the run shares. All that a method leaves to chance about a sample (crop, mask, augmentation)
     follows from that integer through `random_of`, so a sample is treated alike whatever the number
     of processes, and a resumed run goes on as if it had not stopped.
+
+    Attributes:
+        starting_points: Arguments (dotted where they lie in a dictionary) that only say which
+            weights to begin with, so that a checkpoint can be read without them.
     """
+
+    starting_points: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Losses of one batch.

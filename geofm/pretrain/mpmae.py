@@ -141,6 +141,11 @@ class MaskedAutoencoder(Method):
         )
         self.loss_fn = UncertaintyWeighting(len(self.modalities)) if loss == "uncertainty" else None
         tiles = not all(m.per_pixel for m in self.modalities)
+        if tile_targets == "encoder" and not any(m.per_pixel for m in self.modalities):
+            raise ModelError(
+                "with tile_targets='encoder' and no target per pixel there is nothing to decode; "
+                "add a modality of kind 'pixels' or 'classes'"
+            )
         # A parameter without gradient stops distributed training.
         self.layer_norm_tmp.requires_grad_(tiles and tile_targets == "decoder")
         if not (tiles and tile_targets == "encoder"):
