@@ -32,7 +32,7 @@ $(VENV)/.raster: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.raster
-	$(BIN)/python -m pip install --quiet -e ".[raster,train,dev]"
+	$(BIN)/python -m pip install --quiet -e ".[raster,train,dask,embeddings,dev]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev

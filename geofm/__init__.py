@@ -30,6 +30,7 @@ from geofm.errors import (
 )
 
 if TYPE_CHECKING:
+    from geofm.arrays import embed_xarray
     from geofm.cards import WeightCard
     from geofm.factory import create_model, create_transform
     from geofm.preprocess import Preprocess
@@ -71,6 +72,7 @@ __all__ = [
     "create_model",
     "create_transform",
     "embed_raster",
+    "embed_xarray",
     "is_model",
     "list_models",
     "list_pretrained",
@@ -93,6 +95,7 @@ _LAZY = {
     "create_model": "geofm.factory",
     "create_transform": "geofm.factory",
     "embed_raster": "geofm.raster",
+    "embed_xarray": "geofm.arrays",
     "is_model": "geofm.registry",
     "list_models": "geofm.registry",
     "list_pretrained": "geofm.registry",

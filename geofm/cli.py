@@ -121,30 +121,69 @@ def _parser() -> argparse.ArgumentParser:
     _add_embed(commands)
     _add_zero_shot(commands)
     _add_pretrain(commands)
+    _add_maps(commands)
     return parser
 
 
 def _add_embed(commands: Any) -> None:
-    embed = commands.add_parser("embed", help="a grid of embeddings of a multispectral GeoTIFF")
-    embed.add_argument("input", type=Path)
-    embed.add_argument("-o", "--output", type=Path, required=True, help="GeoTIFF to write")
+    embed = commands.add_parser("embed", help="a grid of embeddings of a multispectral raster")
     embed.add_argument("--model", default="mpmae_atto", help="model or model.tag (%(default)s)")
     weights = embed.add_mutually_exclusive_group()
     weights.add_argument("--weights", help="tag or path, instead of the default checkpoint")
     weights.add_argument(
         "--no-pretrained", action="store_true", help="random weights; the output says so"
     )
-    embed.add_argument("--bands", help="names in order, B1,B2,...; default: the file's own")
-    embed.add_argument("--sensor", help="whose names they are, for example landsat_oli")
-    embed.add_argument("--level", choices=("L1C", "L2A"))
-    embed.add_argument("--units", choices=("dn", "reflectance", "uint8"), default="dn")
-    embed.add_argument("--offset", type=float, help="added to DN, for example -1000")
-    embed.add_argument("--baseline", help="processing baseline, from which the offset follows")
-    embed.add_argument("--nodata", type=float, action="append", help="may be repeated")
-    embed.add_argument("--fill", help="for missing bands: mean, zero, or B10=B9,B1=mean")
-    embed.add_argument("--tolerance", type=float, help="nm by which a band may stand in")
     embed.add_argument("--picture", type=Path, help="PNG; default: beside the output")
+    embed.add_argument("--stride", type=_positive, help="px a cell; default: of the last stage")
+    embed.add_argument("--pooled", action="store_true", help="one vector a window")
+    embed.add_argument("--pca", type=_positive, help="keep this many principal components")
     embed.set_defaults(run=_embed)
+
+    predict = commands.add_parser("predict", help="classes or probabilities of a raster")
+    predict.add_argument("--model", default="mpmae_unet_atto", help="architecture (%(default)s)")
+    predict.add_argument("--weights", required=True, help="file or folder of the trained model")
+    predict.add_argument(
+        "--kind", choices=("probabilities", "logits", "classes"), default="classes"
+    )
+    predict.add_argument("--classes", required=True, help="names in order, or their number")
+    predict.set_defaults(run=_predict, no_pretrained=False)
+
+    for command in (embed, predict):
+        _add_raster_options(command)
+
+
+def _add_raster_options(command: argparse.ArgumentParser) -> None:
+    """What both commands that go over a raster take."""
+    command.add_argument(
+        "input", type=Path, help="GeoTIFF, SAFE folder, folder of bands or STAC item"
+    )
+    command.add_argument("-o", "--output", type=Path, required=True, help="GeoTIFF to write")
+    command.add_argument("--bands", help="names in order, B1,B2,...; default: the file's own")
+    command.add_argument("--sensor", help="whose names they are, for example landsat_oli")
+    command.add_argument("--level", choices=("L1C", "L2A"))
+    command.add_argument("--units", choices=("dn", "reflectance", "uint8"))
+    command.add_argument("--offset", type=float, help="added to DN, for example -1000")
+    command.add_argument("--baseline", help="processing baseline, from which the offset follows")
+    command.add_argument("--nodata", type=float, action="append", help="may be repeated")
+    command.add_argument("--fill", help="for missing bands: mean, zero, or B10=B9,B1=mean")
+    command.add_argument("--tolerance", type=float, help="nm by which a band may stand in")
+    command.add_argument("--window", type=_window, help="px, 'tile' or 'image'")
+    command.add_argument("--overlap", type=int, help="px that windows share")
+    command.add_argument("--blend", choices=("smooth", "centre"), default="smooth")
+    command.add_argument("--min-valid", type=float, default=0.5, help="share of pixels with data")
+    command.add_argument("--mask-classes", help="of the scene classification: 3,8,9,10")
+    command.add_argument(
+        "--resampling", choices=("nearest", "bilinear", "cubic"), default="bilinear"
+    )
+    command.add_argument("--dtype", choices=("float32", "float16", "int8"))
+    command.add_argument("--compress", default="deflate", help="as GDAL names it (%(default)s)")
+    command.add_argument("--batch-size", type=_positive, help="windows at a time")
+    command.add_argument("--device", help="cpu, cuda, cuda:1 ...")
+    command.add_argument("--no-resume", action="store_true", help="start over")
+
+
+def _window(text: str) -> int | str:
+    return text if text in ("tile", "image") else _positive(text)
 
 
 def _add_zero_shot(commands: Any) -> None:
@@ -172,6 +211,52 @@ def _add_zero_shot(commands: Any) -> None:
     command.add_argument("--georeference", type=Path, help="a raster of the series' place")
     command.add_argument("--skip", action="store_true", help="leave out and count broken samples")
     command.set_defaults(run=_zero_shot)
+
+
+def _add_maps(commands: Any) -> None:
+    similar = commands.add_parser("similar", help="places alike, in what `geofm embed` wrote")
+    similar.add_argument("embeddings", type=Path, help="GeoTIFF, .parquet or .zarr of embeddings")
+    similar.add_argument("--at", required=True, metavar="LON,LAT", help="degrees; --at=-3.1,40.2")
+    similar.add_argument("--top", type=_positive, default=20, help="places to list (%(default)s)")
+
+    segment = commands.add_parser("segment", help="group cells into classes by k-means")
+    segment.add_argument("embeddings", type=Path, help="GeoTIFF, .parquet or .zarr of embeddings")
+    segment.add_argument("--classes", type=_positive, default=8)
+    segment.add_argument("--seed", type=int, default=0)
+
+    picture = commands.add_parser("picture", help="an embedding or a map as PNG or HTML page")
+    picture.add_argument("input", type=Path, help="GeoTIFF, .parquet or .zarr")
+    picture.add_argument("--title")
+
+    export = commands.add_parser("export", help="embeddings as GeoParquet or zarr")
+    export.add_argument("embeddings", type=Path, help="GeoTIFF of embeddings")
+    export.add_argument("--geometry", choices=("point", "polygon"), default="point")
+    export.add_argument("--date", help="of the scene, as 2024-05-12")
+    export.add_argument("--dtype", choices=("float32", "float16"), default="float32")
+
+    for command in (similar, segment, picture, export):
+        drawn = command is not export
+        kinds = ".tif, .png or .html" if command in (similar, segment) else ".png or .html"
+        command.add_argument(
+            "-o",
+            "--output",
+            type=Path,
+            required=command in (picture, export),
+            help=kinds if drawn else ".parquet or .zarr",
+        )
+        if drawn:
+            command.add_argument("--image", type=Path, help="what was embedded, beside the map")
+            command.add_argument("--bands", help="of the image: names in order, B1,B2,...")
+            command.add_argument("--sensor", help="whose names they are (sentinel2)")
+            command.add_argument("--attribution", help="whose data it is")
+        command.set_defaults(run=_maps, what=command.prog.split()[-1])
+
+
+def _maps(options: argparse.Namespace) -> int:
+    from geofm.maps import commands
+
+    print(getattr(commands, f"run_{options.what}")(options))
+    return 0
 
 
 def _positive(text: str) -> int:
@@ -322,24 +407,66 @@ def _embed(options: argparse.Namespace) -> int:
         model,
         options.input,
         options.output,
-        [name.strip() for name in options.bands.split(",")] if options.bands else None,
-        units=options.units,
-        level=options.level,
         picture=picture,
-        nodata=options.nodata,
-        sensor=options.sensor,
-        offset=options.offset,
-        baseline=options.baseline,
-        fill=_fill(options.fill),
-        tolerance=options.tolerance,
+        stride=options.stride,
+        pooled=options.pooled,
+        pca=options.pca,
+        **_raster_options(options),
     )
-    channels, rows, columns = embedding.values.shape
+    channels, rows, columns = embedding.shape
     print(
         f"wrote {options.output}: {rows} x {columns} cells of {embedding.stride} px, {channels} "
         f"channels, weights: {embedding.tags['GEOFM_WEIGHTS']}"
     )
     print(f"wrote {picture}")
     return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from geofm.raster import predict_raster
+
+    words = [word.strip() for word in options.classes.split(",")]
+    named = not (len(words) == 1 and words[0].isdecimal())
+    count = len(words) if named else int(words[0])
+    model = _model(options, num_classes=count)
+    predict_raster(
+        model,
+        options.input,
+        options.output,
+        kind=options.kind,
+        classes=words if named else None,
+        **_raster_options(options),
+    )
+    print(f"wrote {options.output}: {options.kind} of {count} classes")
+    return 0
+
+
+def _raster_options(options: argparse.Namespace) -> dict[str, Any]:
+    masked = options.mask_classes.split(",") if options.mask_classes else []
+    chosen = {
+        "bands": [name.strip() for name in options.bands.split(",")] if options.bands else None,
+        "units": options.units,
+        "level": options.level,
+        "nodata": options.nodata,
+        "sensor": options.sensor,
+        "offset": options.offset,
+        "baseline": options.baseline,
+        "fill": _fill(options.fill),
+        "tolerance": options.tolerance,
+        "window": options.window,
+        "overlap": options.overlap,
+        "blend": options.blend,
+        "min_valid": options.min_valid,
+        "resampling": options.resampling,
+        "mask_classes": [int(word) for word in masked],
+        "dtype": options.dtype,
+        "compress": options.compress,
+        "batch_size": options.batch_size,
+        "device": options.device,
+        "resume": not options.no_resume,
+    }
+    # What is not said is left to the function's own default.
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def _model(options: argparse.Namespace, **architecture: Any) -> Any:

@@ -45,9 +45,7 @@ def test_the_card_names_the_bands_and_their_statistics(run: Path) -> None:
     assert model.card.input.bands == ("B2", "B3", "B4", "B8")
     assert model.card.input.levels == ("L2A",)
     assert all(value > 0 for value in model.card.input.statistics["L2A"].std)
-    prepare = geofm.create_transform(
-        model, bands=["B8", "B4", "B3", "B2"], units="dn", level="L2A"
-    )
+    prepare = geofm.create_transform(model, bands=["B8", "B4", "B3", "B2"], units="dn", level="L2A")
     pixels = np.random.default_rng(0).integers(300, 4000, (4, 64, 64)).astype(np.uint16)
     with torch.no_grad():
         assert model.eval()(prepare(pixels)[None]).shape == (1, 320)

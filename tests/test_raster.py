@@ -21,6 +21,7 @@ from geofm.raster import RasterImage, embed_raster, principal_components, read_i
 
 L2A = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B11 B12".split()
 L1C = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12".split()
+PLACE = {"crs": "EPSG:32631", "transform": rasterio.Affine(10, 0, 4e5, 0, -10, 5e6)}
 EUROSAT = "B1 B2 B3 B4 B5 B6 B7 B8 B9 B10 B11 B12 B8A".split()
 
 
@@ -335,8 +336,8 @@ def test_a_missing_crs_is_reported_and_stays_missing(
 )
 def test_pixels_that_are_no_reflectance_are_refused(dtype: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "in.tif"
-    profile = {"driver": "GTiff", "width": 40, "height": 40, "count": 2, "dtype": dtype}
-    with rasterio.open(path, "w", **profile, crs="EPSG:32631", transform=(1, 0, 0, 0, -1, 0)) as f:
+    profile = {"driver": "GTiff", "width": 40, "height": 40, "count": 2, "dtype": dtype} | PLACE
+    with rasterio.open(path, "w", **profile) as f:
         f.write(np.ones((2, 40, 40), dtype))
     with pytest.raises(geofm.GeofmError, match=words):
         embed_raster(
@@ -376,8 +377,8 @@ def test_options_that_cannot_be_are_refused(
     options: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "in.tif"
-    profile = {"driver": "GTiff", "width": 40, "height": 40, "count": 2, "dtype": "uint16"}
-    with rasterio.open(path, "w", **profile, crs="EPSG:32631", transform=(1, 0, 0, 0, -1, 0)) as f:
+    profile = {"driver": "GTiff", "width": 40, "height": 40, "count": 2, "dtype": "uint16"} | PLACE
+    with rasterio.open(path, "w", **profile) as f:
         f.write(noise(40, 40).pixels.data)
     model = small_mpmae(0.0, stem_padding="aligned")
     with pytest.raises(geofm.GeofmError, match=words):
@@ -391,7 +392,7 @@ def test_scenes_are_read_band_by_band_on_their_finest_grid(
     folder = data("major_tom", "199U", "199U_1099R")
     (product,) = folder.iterdir()
     # A part, as it is about reading.
-    scene = dataclasses.replace(geofm.open_scene(product, offset=-1000), width=264, height=344)
+    scene = dataclasses.replace(geofm.open_scene(product, offset=-1000), width=224, height=336)
     got = embed_raster(model, scene, tmp_path / "out.tif", picture=tmp_path / "out.png")
     assert got.shape == (320, -(-scene.height // 8), -(-scene.width // 8))
     # A window must be the same once it is cut out of the scene.

@@ -77,7 +77,7 @@ def test_a_run_that_is_killed_continues_to_the_same_file(
 
 def test_a_run_may_stop_after_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # More than half is shared, so that three rows of windows reach into one block; three panels.
-    monkeypatch.setattr("geofm.raster.embed._PANEL_BYTES", 100_000)
+    monkeypatch.setattr("geofm.raster.embed._PANEL_BYTES", 40_000)
     model = small_mpmae(0.5, stem_padding="aligned")
     image = noise(150, 190)
     options: dict[str, Any] = {"window": 64, "overlap": 40, "batch_size": 2}
@@ -219,12 +219,14 @@ def test_a_folder_that_cannot_be_written_is_an_error(
         embed_raster(small_mpmae(0.0, stem_padding="aligned"), noise(40, 40), tmp_path / "out.tif")
 
 
-def test_a_file_that_ends_too_early_is_an_error_and_leaves_no_output(tmp_path: Path) -> None:
+def test_a_corrupt_block_is_an_error_and_leaves_no_output(tmp_path: Path) -> None:
     model = geofm.create_model("mpmae_atto", stem_padding="aligned")
     path = tmp_path / "scene.tif"
     samples.write_scene(path, samples.landscape((512, 96), seed=1))
     whole = path.read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
+    # More than a block, so that one's beginning is gone: within one, damage need not show.
+    half = len(whole) // 2
+    path.write_bytes(whole[:half] + bytes(20_000) + whole[half + 20_000 :])
     out = tmp_path / "out.tif"
     words = r"scene\.tif cannot be read at rows .*Is the file complete"
     with pytest.raises(geofm.RasterError, match=words):

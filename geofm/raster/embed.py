@@ -1,0 +1,653 @@
+"""`embed_raster` and `predict_raster`: a raster of any size in, a georeferenced grid out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from geofm.errors import ModelError, PixelError, RasterError
+from geofm.factory import create_transform, input_spec_of
+from geofm.preprocess import Preprocess
+from geofm.raster.codecs import DTYPES, Codec, fit_projection, fit_quantisation
+from geofm.raster.cog import CACHE_BYTES, COMPRESSIONS, Layout, raw_to_cog
+from geofm.raster.grids import Embedding, grid_transform
+from geofm.raster.networks import (
+    Network,
+    check_size,
+    classes_of,
+    default_window,
+    features_of,
+    running,
+    weights_hash,
+    weights_label,
+)
+from geofm.raster.picture import save_quicklook
+from geofm.raster.runs import Job, run, sample
+from geofm.raster.sources import SceneSource, Source, SourceLike, open_source, rasterio_module
+from geofm.raster.stores import MemoryStore, PartialStore
+from geofm.raster.windows import BLENDS, Axis, maps, panels, vectors
+
+__all__ = ["Tiling", "embed_raster", "predict_raster"]
+
+logger = logging.getLogger(__name__)
+
+# What one window may take; MP-MAE atto needs 2 KB a pixel.
+_MAX_WINDOW_BYTES = 10e9
+# What a batch of windows is chosen to take.
+_BATCH_BYTES = 256e6
+# What a panel's strip of prepared pixels, and its unfinished cells, may take each.
+_PANEL_BYTES = 96e6
+# What a result without a file may take.
+_MAX_RESULT_BYTES = 10e9
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How a raster is cut into windows and put together again.
+
+    Attributes:
+        window: Pixels along the side of a window; ``"tile"``: the size of the tiles the model was
+            trained on, side by side, so that each cell is what the model gives on that tile alone;
+            ``"image"``: all in one pass; None: see `default_window`.
+        overlap: Pixels that neighbouring windows share; None for a quarter of a window (none for
+            ``"tile"`` and for one vector a window).
+        blend: ``"smooth"``: means, weighted by the distance from each window's edge; ``"centre"``:
+            each cell from the window whose centre is nearest.
+        min_valid: Share of the pixels of a cell that must have data.
+        batch_size: Windows at a time; None for what takes about 256 MB.
+    """
+
+    window: int | str | None = None
+    overlap: int | None = None
+    blend: str = "smooth"
+    min_valid: float = 0.5
+    batch_size: int | None = None
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            RasterError: An option is unknown or out of range.
+        """
+        window, overlap = self.window, self.overlap
+        if isinstance(window, str) and window not in ("tile", "image"):
+            raise RasterError(f"window is pixels, 'tile' or 'image', got {window!r}")
+        if isinstance(window, int) and window < 1:
+            raise RasterError(f"window must be 1 px or more, got {window}")
+        if overlap is not None and overlap < 0:
+            raise RasterError(f"overlap must be 0 px or more, got {overlap}")
+        if self.blend not in BLENDS:
+            raise RasterError(f"blend is {' or '.join(BLENDS)}, got {self.blend!r}")
+        if not 0 <= self.min_valid <= 1:
+            raise RasterError(f"min_valid is a share from 0 to 1, got {self.min_valid}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise RasterError(f"batch_size must be 1 or more, got {self.batch_size}")
+
+
+def embed_raster(
+    model: nn.Module,
+    source: SourceLike,
+    output: str | os.PathLike[str] | None = None,
+    bands: Sequence[str] | None = None,
+    *,
+    units: str | None = None,
+    level: str | None = None,
+    picture: str | os.PathLike[str] | None = None,
+    nodata: float | Sequence[float] | None = None,
+    stride: int | None = None,
+    pooled: bool = False,
+    window: int | str | None = None,
+    overlap: int | None = None,
+    blend: str = "smooth",
+    min_valid: float = 0.5,
+    pca: int | None = None,
+    dtype: str = "float32",
+    compress: str = "deflate",
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    resume: bool = True,
+    resampling: str = "bilinear",
+    mask_classes: Sequence[int] = (),
+    **options: Any,
+) -> Embedding:
+    """Embed every cell of a raster of any size, in bounded memory.
+
+    The raster is read, computed and written window by window. A cell is a function of the windows
+    around it, not of the raster's size: see `Tiling` for what a window is and how windows are
+    joined. A run that is interrupted continues where it was, with the same result to the bit.
+
+    Args:
+        model: An encoder from `create_model`. With MP-MAE, ``stem_padding="aligned"`` makes cells
+            tile the image; other paddings are georeferenced by their own offset.
+        source: A multiband raster that GDAL reads; a product that `open_scene` reads (a folder, a
+            pattern, a STAC item); a `Scene`; or a `RasterImage`.
+        output: Cloud-optimised GeoTIFF to write; None to keep the grid in memory. Until it is
+            complete, ``<output>.partial`` holds what is finished.
+        bands: Names of a file's bands, in order, None to take them from its descriptions; of a
+            scene, those to use.
+        units: As in `create_transform`; None for ``"dn"``. A scene knows its own.
+        level: As in `create_transform`. A scene knows its own.
+        picture: PNG to write: true colour beside the first three principal components.
+        nodata: Stored values that mean "no data", besides the file's own; None for the card's.
+        stride: Pixels per cell, one of the encoder's; None for its last: one cell a patch.
+        pooled: One vector a window instead, pooled and normalized as the model does it; cells are
+            then as wide as the step from window to window.
+        window: As in `Tiling`.
+        overlap: As in `Tiling`.
+        blend: As in `Tiling`.
+        min_valid: As in `Tiling`: cells with less are NaN. Pixels beyond the raster do not count,
+            but with `pooled`, where they count as missing.
+        pca: Store this many principal components, fitted to windows all over the raster.
+        dtype: ``"float32"``, ``"float16"``, or ``"int8"`` with a scale and a zero-point for each
+            band (as GDAL's scale and offset, and in the tags).
+        compress: ``"deflate"``, ``"zstd"``, ``"lzw"`` or ``"none"``.
+        batch_size: As in `Tiling`.
+        device: Where to run the model; None for where it is.
+        progress: Show a bar; None: if this is a terminal.
+        resume: Continue what an interrupted run of the same left; False: start over.
+        resampling: Of a scene's coarser bands: ``"nearest"``, ``"bilinear"`` or ``"cubic"``.
+        mask_classes: Classes of a scene's classification that count as no data.
+        **options: More options of `create_transform`, but for its size rule.
+
+    Returns:
+        The grid; its values are read from the output when first asked for.
+
+    Raises:
+        BandError: The file does not name its bands and none were given, or the model needs others.
+        PixelError: The pixels are not in the stated units.
+        RasterError: The source cannot be read, the output cannot be written, or it is the beginning
+            of another run.
+        ModelError: The model has no such map, or its bands are not known.
+        MissingExtraError: rasterio is not installed.
+    """
+    tiling = Tiling(window, overlap, blend, min_valid, batch_size)
+    if dtype not in DTYPES:
+        raise RasterError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+    if pca is not None and pca < 1:
+        raise RasterError(f"pca must be 1 component or more, got {pca}")
+    network = features_of(model, stride, pooled)
+    return _run(
+        model,
+        source,
+        output,
+        bands,
+        tiling,
+        lambda side: network,
+        _Stored(dtype, pca, compress, "pc" if pca else "embedding"),
+        _Pixels(units, level, nodata, resampling, tuple(mask_classes), options),
+        picture=picture,
+        device=device,
+        progress=progress,
+        resume=resume,
+    )
+
+
+def predict_raster(
+    model: nn.Module,
+    source: SourceLike,
+    output: str | os.PathLike[str] | None = None,
+    bands: Sequence[str] | None = None,
+    *,
+    units: str | None = None,
+    level: str | None = None,
+    nodata: float | Sequence[float] | None = None,
+    kind: str = "probabilities",
+    classes: Sequence[str] | None = None,
+    window: int | str | None = None,
+    overlap: int | None = None,
+    blend: str = "smooth",
+    min_valid: float = 0.5,
+    dtype: str = "float32",
+    compress: str = "deflate",
+    batch_size: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool | None = None,
+    resume: bool = True,
+    resampling: str = "bilinear",
+    mask_classes: Sequence[int] = (),
+    **options: Any,
+) -> Embedding:
+    """Classify a raster of any size, in bounded memory: as `embed_raster`, with a trained head.
+
+    Args:
+        model: A segmenter (``mpmae_unet_*``): every pixel; a classifier made with
+            ``global_pool=""``: every cell; any other classifier: every window.
+        source: As in `embed_raster`.
+        output: As in `embed_raster`.
+        bands: As in `embed_raster`.
+        units: As in `embed_raster`.
+        level: As in `embed_raster`.
+        nodata: As in `embed_raster`.
+        kind: ``"probabilities"`` (softmax over the classes, one band a class), ``"logits"`` (scores
+            before the softmax), or ``"classes"`` (number of the most probable class, 255 for no
+            data). Windows are blended before the class is chosen.
+        classes: Names of the classes, in the head's order, for the bands or the tags.
+        window: As in `Tiling`.
+        overlap: As in `Tiling`.
+        blend: As in `Tiling`.
+        min_valid: As in `embed_raster`.
+        dtype: Of probabilities and logits, as in `embed_raster`.
+        compress: As in `embed_raster`.
+        batch_size: As in `Tiling`.
+        device: As in `embed_raster`.
+        progress: As in `embed_raster`.
+        resume: As in `embed_raster`.
+        resampling: As in `embed_raster`.
+        mask_classes: As in `embed_raster`.
+        **options: As in `embed_raster`.
+
+    Returns:
+        The grid.
+
+    Raises:
+        BandError: As in `embed_raster`.
+        PixelError: As in `embed_raster`.
+        RasterError: As in `embed_raster`.
+        ModelError: The model has no head, or `classes` do not fit it.
+        MissingExtraError: rasterio is not installed.
+    """
+    tiling = Tiling(window, overlap, blend, min_valid, batch_size)
+    if kind not in ("probabilities", "logits", "classes"):
+        raise RasterError(f"kind is 'probabilities', 'logits' or 'classes', got {kind!r}")
+    if dtype not in DTYPES:
+        raise RasterError(f"dtype is one of {', '.join(DTYPES)}, got {dtype!r}")
+    count = int(getattr(model, "num_classes", 0) or 0)
+    if classes is not None and len(classes) != count:
+        raise ModelError(f"the head has {count} classes, but {len(classes)} are named")
+    if kind == "classes" and count > 255:
+        raise ModelError(f"{count} classes do not fit into 8 bits; use kind='probabilities'")
+    names = tuple(classes) if classes is not None else tuple(f"class_{i}" for i in range(count))
+    return _run(
+        model,
+        source,
+        output,
+        bands,
+        tiling,
+        lambda side: classes_of(model, side, kind != "logits"),
+        _Stored("uint8" if kind == "classes" else dtype, None, compress, names),
+        _Pixels(units, level, nodata, resampling, tuple(mask_classes), options),
+        picture=None,
+        device=device,
+        progress=progress,
+        resume=resume,
+    )
+
+
+# --- parts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How values are stored; `names` is of each band, or what comes before its number."""
+
+    dtype: str
+    pca: int | None
+    compress: str
+    names: str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """What is said of the pixels."""
+
+    units: str | None
+    level: str | None
+    nodata: float | Sequence[float] | None
+    resampling: str
+    mask_classes: tuple[int, ...]
+    options: Mapping[str, Any]
+
+
+def _run(
+    model: nn.Module,
+    source: SourceLike,
+    output: str | os.PathLike[str] | None,
+    bands: Sequence[str] | None,
+    tiling: Tiling,
+    network_of: Any,
+    stored: _Stored,
+    pixels: _Pixels,
+    *,
+    picture: str | os.PathLike[str] | None,
+    device: str | torch.device | None,
+    progress: bool | None,
+    resume: bool,
+) -> Embedding:
+    tiling.check()
+    if stored.compress not in COMPRESSIONS:
+        raise RasterError(f"compress is {', '.join(COMPRESSIONS)}; got {stored.compress!r}")
+    _check_targets(source, output, picture)
+    opened = open_source(
+        source, bands, resampling=pixels.resampling, mask_classes=pixels.mask_classes
+    )
+    rasterio = rasterio_module()
+    try:
+        with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), running(model, device) as place:
+            prepare = _prepare(model, opened, pixels)
+            side = _side(model, opened, tiling)
+            network = network_of(side)
+            job = _job(model, opened, prepare, network, tiling, side, place)
+            grid = _computed(
+                job, model, output, tiling, stored, place, progress=progress, resume=resume
+            )
+            if picture is not None:
+                sensor = pixels.options.get("sensor") or input_spec_of(model).sensor
+                save_quicklook(picture, opened, grid, sensor)
+    finally:
+        opened.close()
+    return grid
+
+
+def _prepare(model: nn.Module, source: Source, pixels: _Pixels) -> Preprocess:
+    """The preprocessing of those of the source's bands that the model needs."""
+    options = dict(pixels.options)
+    if "fit" in options or "size" in options:
+        raise RasterError("a map has the size of its image; fit= and size= are for tiles")
+    options |= {"fit": "any", "nodata": pixels.nodata}
+    units, level = pixels.units or "dn", pixels.level
+    if isinstance(source, SceneSource):
+        if pixels.units or pixels.level or options.get("sensor"):
+            raise PixelError(
+                "a scene has its own units, level and sensor; say others in open_scene"
+            )
+        scene = source.scene
+        if pixels.nodata is None:
+            options["nodata"] = scene.nodata or None
+        options = {k: v for k, v in options.items() if v is not None}
+        # Asks for what the scene does not know.
+        known = scene.transform_for(model, **options)
+        units, level = known.units, known.level
+        options["sensor"] = scene.sensor
+        if units == "dn" and "baseline" not in options:
+            options.setdefault("offset", known.offset)
+    prepare = create_transform(model, source.bands, units, level, **options)
+    used = sorted({channel for each in prepare.sources for channel in each.channels})
+    # Bands that the model does not take need not be read.
+    return create_transform(model, [source.bands[c] for c in used], units, level, **options)
+
+
+def _side(model: nn.Module, source: Source, tiling: Tiling) -> int:
+    """Pixels along the side of a window, before it is brought to the network's unit."""
+    if tiling.window == "tile":
+        return input_spec_of(model).size
+    if tiling.window == "image":
+        return max(source.height, source.width)
+    return int(tiling.window) if tiling.window is not None else default_window(model)
+
+
+def _job(
+    model: nn.Module,
+    source: Source,
+    prepare: Preprocess,
+    network: Network,
+    tiling: Tiling,
+    side: int,
+    device: torch.device,
+) -> Job:
+    check_size(network, source.height, source.width)
+    unit = network.unit
+    if tiling.window is not None and tiling.window != "image" and side % unit:
+        raise RasterError(
+            f"a window must be a multiple of the model's cells of {unit} px, got {side}; take "
+            f"{max(unit, round(side / unit) * unit)}"
+        )
+    side += -side % unit
+    overlap = tiling.overlap
+    if overlap is None:
+        none = tiling.window == "tile" or network.whole
+        overlap = 0 if none else side // 4 // unit * unit
+        # Cells of unpadded stems do not reach the window's edges.
+        overlap = max(overlap, 0 if network.whole else math.ceil(abs(network.offset)))
+        overlap += -overlap % unit
+    if overlap % unit or overlap >= side:
+        raise RasterError(
+            f"an overlap is a multiple of the model's cells of {unit} px and less than the window "
+            f"of {side} px, got {overlap}"
+        )
+    sides = [min(side, length + -length % unit) for length in (source.height, source.width)]
+    _check_memory(model, sides)
+    channels, cells = _probe(network, len(prepare.spec.bands), sides, device)
+    axes = [
+        _axis(network, length, size, min(overlap, size - unit), count)
+        for length, size, count in zip((source.height, source.width), sides, cells, strict=True)
+    ]
+    return Job(
+        source=source,
+        bands=prepare.source_bands,
+        prepare=prepare,
+        network=network,
+        channels=channels,
+        rows=axes[0],
+        columns=axes[1],
+        panels=panels(axes[1], _panel_width(prepare, channels, *axes)),
+        blend=tiling.blend,
+        batch=tiling.batch_size or _batch_size(model, sides),
+        min_valid=tiling.min_valid,
+    )
+
+
+def _axis(network: Network, length: int, size: int, overlap: int, cells: int) -> Axis:
+    if network.whole:
+        return vectors(length, size, overlap)
+    return maps(length, size, overlap, network.unit, network.stride, cells, network.offset)
+
+
+@torch.inference_mode()
+def _probe(
+    network: Network, bands: int, sides: Sequence[int], device: torch.device
+) -> tuple[int, tuple[int, int]]:
+    """Channels and cells of one window."""
+    found = network.apply(torch.zeros(1, bands, *sides, device=device))
+    if found.ndim != 4 or len(found) != 1:
+        raise ModelError(f"the model gives {tuple(found.shape)}, which is no map of cells")
+    return found.shape[1], (found.shape[2], found.shape[3])
+
+
+def _window_bytes(model: nn.Module, sides: Sequence[int]) -> float:
+    info: Any = getattr(model, "feature_info", None)
+    if not info:
+        return 0.0
+    # The widest activation is four times the first level's channels, float32, three at a time.
+    per_pixel = info[0]["num_chs"] / info[0]["reduction"] ** 2 * 4 * 4 * 3
+    return float(sides[0] * sides[1] * per_pixel)
+
+
+def _check_memory(model: nn.Module, sides: Sequence[int]) -> None:
+    needed = _window_bytes(model, sides)
+    if needed > _MAX_WINDOW_BYTES:
+        raise RasterError(
+            f"{sides[0]} x {sides[1]} pixels need about {needed / 1e9:.0f} GB in one pass, and at "
+            f"most {_MAX_WINDOW_BYTES / 1e9:.0f} GB are taken; choose a smaller window"
+        )
+
+
+def _batch_size(model: nn.Module, sides: Sequence[int]) -> int:
+    return max(1, min(256, int(_BATCH_BYTES // max(_window_bytes(model, sides), 1.0))))
+
+
+def _panel_width(prepare: Preprocess, channels: int, rows: Axis, columns: Axis) -> int:
+    pixel = len(prepare.spec.bands) * rows.size * 4
+    cell = channels * rows.cells * 4 / columns.spacing
+    return int(_PANEL_BYTES // max(pixel, cell, 1))
+
+
+def _computed(
+    job: Job,
+    model: nn.Module,
+    output: str | os.PathLike[str] | None,
+    tiling: Tiling,
+    stored: _Stored,
+    device: torch.device,
+    *,
+    progress: bool | None,
+    resume: bool,
+) -> Embedding:
+    transform = grid_transform(
+        job.source.transform, job.columns.spacing, job.columns.offset, job.rows.offset
+    )
+    tags = _tags(job, model, stored)
+    place = (transform, job.source.crs, job.columns.spacing, job.columns.offset)
+    if output is None:
+        codec = _fitted(job, stored, device)
+        shape = (codec.channels(job.channels), job.rows.total, job.columns.total)
+        if 4 * math.prod(shape) > _MAX_RESULT_BYTES:
+            raise RasterError(
+                f"the grid of {shape} has {4 * math.prod(shape) / 1e9:.0f} GB; give an output file"
+            )
+        memory = MemoryStore(codec, shape)
+        run(job, memory, device, progress)
+        return Embedding(codec.decode(memory.cells), *place, tags | _codec_tags(codec))
+    target = Path(output)
+    store = PartialStore(target, _plan(job, model, tiling, stored, device), resume=resume)
+    complete = False
+    try:
+        saved = store.load_fit(stored.dtype)
+        codec = saved or _fitted(job, stored, device)
+        if saved is None and (codec.projection is not None or codec.scale is not None):
+            store.save_fit(codec)
+        shape = (codec.channels(job.channels), job.rows.total, job.columns.total)
+        store.prepare(codec, shape)
+        run(job, store, device, progress)
+        tags |= _codec_tags(codec)
+        raw_to_cog(store.cells, target, _layout(shape, codec, stored, place, tags))
+        complete = True
+    finally:
+        store.close(remove=complete or store.worthless)
+    return Embedding(None, *place, tags, target, shape)
+
+
+def _fitted(job: Job, stored: _Stored, device: torch.device) -> Codec:
+    if stored.dtype == "uint8" or (stored.pca is None and stored.dtype != "int8"):
+        return Codec(stored.dtype)
+    cells = sample(job, device)
+    projection = None
+    if stored.pca is not None:
+        projection = fit_projection(cells, stored.pca)
+        cells = projection(cells.T[:, :, None])[:, :, 0].T
+    if stored.dtype != "int8":
+        return Codec(stored.dtype, projection)
+    return Codec(stored.dtype, projection, *fit_quantisation(cells))
+
+
+def _layout(
+    shape: tuple[int, int, int],
+    codec: Codec,
+    stored: _Stored,
+    place: tuple[Any, ...],
+    tags: Mapping[str, str],
+) -> Layout:
+    if stored.dtype == "uint8":
+        names: Sequence[str] = ["class"]
+    elif isinstance(stored.names, str):
+        names = [f"{stored.names}_{i}" for i in range(shape[0])]
+    else:
+        names = stored.names
+    return Layout(
+        shape=shape,
+        dtype=codec.stored.name,
+        transform=place[0],
+        crs=place[1],
+        nodata=codec.nodata,
+        names=names,
+        tags=tags,
+        scale=None if codec.scale is None else codec.scale.tolist(),
+        zero=None if codec.zero is None else codec.zero.tolist(),
+        half=codec.dtype == "float16",
+        compress=stored.compress,
+    )
+
+
+def _tags(job: Job, model: nn.Module, stored: _Stored) -> dict[str, str]:
+    from geofm import __version__
+
+    rows, columns = job.rows, job.columns
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    windows = (
+        f"{rows.size} x {columns.size} px, every {_step(rows)} x {_step(columns)} px, {job.blend}"
+    )
+    tags = {
+        "GEOFM_VERSION": __version__,
+        "GEOFM_MODEL": str(config.get("architecture", type(model).__name__)),
+        "GEOFM_WEIGHTS": weights_label(model),
+        "GEOFM_WEIGHTS_HASH": weights_hash(model),
+        "GEOFM_PREPARE": repr(job.prepare),
+        "GEOFM_SOURCE": job.source.name,
+        "GEOFM_VALUES": job.network.label,
+        "GEOFM_WINDOWS": windows,
+    }
+    if job.source.date:
+        tags["GEOFM_DATE"] = job.source.date
+    if not isinstance(stored.names, str):
+        tags["GEOFM_CLASSES"] = ",".join(stored.names)
+    return tags
+
+
+def _step(axis: Axis) -> int:
+    return axis.starts[1] - axis.starts[0] if len(axis.starts) > 1 else axis.size
+
+
+def _codec_tags(codec: Codec) -> dict[str, str]:
+    tags = {}
+    if codec.projection is not None:
+        tags["GEOFM_PCA_EXPLAINED"] = ",".join(f"{v:.4g}" for v in codec.projection.explained)
+    if codec.scale is not None and codec.zero is not None:
+        tags["GEOFM_SCALE"] = ",".join(repr(v) for v in codec.scale.tolist())
+        tags["GEOFM_ZERO"] = ",".join(repr(v) for v in codec.zero.tolist())
+    return tags
+
+
+def _plan(
+    job: Job, model: nn.Module, tiling: Tiling, stored: _Stored, device: torch.device
+) -> dict[str, Any]:
+    """All that the result depends on, by name, so that another run is told from this one."""
+    from geofm import __version__
+
+    return {
+        "geofm": __version__,
+        "torch": torch.__version__,
+        "device": device.type,
+        "source": job.source.identity(),
+        "size": [job.source.height, job.source.width],
+        "weights": weights_hash(model),
+        "preprocessing": repr(job.prepare)
+        + repr((job.prepare.shift, job.prepare.scale, job.prepare.factor)),
+        "values": job.network.label,
+        "windows": [job.rows.size, job.columns.size, job.rows.starts[:3], job.columns.starts[:3]],
+        "batch": job.batch,
+        "panels": [dataclasses.astuple(panel) for panel in job.panels],
+        "blend": tiling.blend,
+        "min_valid": tiling.min_valid,
+        "stored": [stored.dtype, stored.pca],
+    }
+
+
+def _check_targets(
+    source: SourceLike,
+    output: str | os.PathLike[str] | None,
+    picture: str | os.PathLike[str] | None,
+) -> None:
+    """Refuse to overwrite the input or one output with the other, before anything is computed."""
+    taken = {}
+    if isinstance(source, str | os.PathLike):
+        taken[Path(source).resolve()] = "the input"
+    for target, what in ((output, "the output"), (picture, "the picture")):
+        if target is None:
+            continue
+        path = Path(target).resolve()
+        if path in taken:
+            raise RasterError(f"{what} would overwrite {taken[path]}: {target}")
+        if path.is_dir():
+            raise RasterError(f"{what} is a folder: {target}; name a file in it")
+        if not path.parent.is_dir():
+            raise RasterError(f"cannot write {target}: there is no folder {path.parent}")
+        taken[path] = what

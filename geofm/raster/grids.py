@@ -1,0 +1,193 @@
+"""What a run gives back: a grid of values, in memory or in the file it was written to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geofm.errors import RasterError
+from geofm.raster.cog import Layout, array_to_cog
+from geofm.raster.sources import Coefficients, rasterio_module
+
+__all__ = ["Embedding", "decoded", "grid_transform", "write_embedding"]
+
+# What `Embedding.values` reads of a file.
+_MAX_BYTES = 4e9
+
+
+class Embedding:
+    """A grid of values over an image: embeddings, or classes.
+
+    Args:
+        values: (channels, rows, columns); None where they are in a file.
+        transform: Affine coefficients of the grid, as in `RasterImage`.
+        crs: As in `RasterImage`.
+        stride: Pixels of the image per cell.
+        offset: Where the first cell begins, in pixels from the image's left and top edges.
+        tags: What made it: model, weights, preprocessing, windows, version.
+        path: The file it was written to.
+        shape: (channels, rows, columns); None where values are given.
+
+    Attributes:
+        transform: As given.
+        crs: As given.
+        stride: As given.
+        offset: As given.
+        tags: As given.
+        path: As given.
+        shape: (channels, rows, columns).
+    """
+
+    def __init__(
+        self,
+        values: NDArray[np.float32] | None,
+        transform: Coefficients,
+        crs: str | None,
+        stride: int,
+        offset: float,
+        tags: Mapping[str, str],
+        path: Path | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> None:
+        if (values is None) == (path is None) or (path is not None and shape is None):
+            raise TypeError("an Embedding has values, or the path and the shape of a file")
+        self._values = values
+        self.transform, self.crs = transform, crs
+        self.stride, self.offset, self.tags, self.path = stride, offset, dict(tags), path
+        given = shape if values is None else values.shape
+        assert given is not None
+        channels, rows, columns = given
+        self.shape = (int(channels), int(rows), int(columns))
+
+    def __repr__(self) -> str:
+        where = f", in {self.path}" if self.path else ""
+        return f"Embedding(shape={self.shape}, stride={self.stride}{where})"
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """All values, float32, NaN where a cell has no data; quantised ones are scaled back.
+
+        Read from the file, and kept, when first asked for.
+
+        Raises:
+            RasterError: They do not fit into memory; read windows of the file instead.
+        """
+        if self._values is None:
+            size = 4 * self.shape[0] * self.shape[1] * self.shape[2]
+            if size > _MAX_BYTES:
+                raise RasterError(
+                    f"{self.path} has {size / 1e9:.0f} GB of values; read parts of it with rasterio"
+                )
+            self._values = self.reduced(max(self.shape[1:]))._values
+            assert self._values is not None
+        return self._values
+
+    def reduced(self, side: int) -> Embedding:
+        """The same grid with fewer cells, for pictures.
+
+        Args:
+            side: Cells along the longer side, at most.
+
+        Returns:
+            A grid with its values in memory.
+        """
+        _, rows, columns = self.shape
+        factor = max(1.0, max(rows, columns) / side)
+        height, width = max(1, round(rows / factor)), max(1, round(columns / factor))
+        if self._values is not None:
+            row = (np.arange(height) + 0.5) * rows / height
+            column = (np.arange(width) + 0.5) * columns / width
+            values = self._values[:, row.astype(int)][:, :, column.astype(int)]
+        else:
+            rasterio = rasterio_module()
+            assert self.path is not None
+            with rasterio.open(self.path) as file:
+                stored = file.read(out_shape=(file.count, height, width))
+                values = decoded(stored, file.nodata, file.scales, file.offsets)
+        a, b, c, d, e, f = self.transform
+        down, right = rows / height, columns / width
+        transform = (a * right, b * down, c, d * right, e * down, f)
+        return Embedding(values, transform, self.crs, self.stride, self.offset, self.tags)
+
+
+def decoded(
+    stored: NDArray[Any],
+    nodata: float | None,
+    scales: Sequence[float],
+    zeros: Sequence[float],
+) -> NDArray[np.float32]:
+    """Values of stored numbers.
+
+    Args:
+        stored: (bands, rows, columns).
+        nodata: Stored value of cells without data.
+        scales: Of each band.
+        zeros: Of each band: value = stored · scale + zero.
+
+    Returns:
+        float32, NaN where there is no data.
+    """
+    values = stored.astype(np.float32)
+    if stored.dtype.kind != "f":
+        values[stored == nodata] = np.nan
+        scale, zero = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (scales, zeros))
+        values = values * scale + zero
+    return values
+
+
+def grid_transform(
+    image: Coefficients, stride: float, column_offset: float, row_offset: float
+) -> Coefficients:
+    """Affine coefficients of a grid of cells over an image, which may be rotated.
+
+    Args:
+        image: Those of the image.
+        stride: Pixels per cell.
+        column_offset: Where the first cell begins, in pixels from the left edge.
+        row_offset: Where it begins, in pixels from the top edge.
+
+    Returns:
+        Those of the grid.
+    """
+    a, b, c, d, e, f = image
+    return (
+        a * stride,
+        b * stride,
+        c + a * column_offset + b * row_offset,
+        d * stride,
+        e * stride,
+        f + d * column_offset + e * row_offset,
+    )
+
+
+def write_embedding(
+    path: str | os.PathLike[str], embedding: Embedding, compress: str = "deflate"
+) -> None:
+    """Write a grid as a cloud-optimised GeoTIFF of float32, complete or not at all.
+
+    Args:
+        path: The file; an existing one is replaced.
+        embedding: The grid.
+        compress: ``"deflate"``, ``"zstd"``, ``"lzw"`` or ``"none"``.
+
+    Raises:
+        RasterError: It cannot be written.
+        MissingExtraError: rasterio is not installed.
+    """
+    rasterio_module()
+    layout = Layout(
+        shape=embedding.shape,
+        dtype="float32",
+        transform=embedding.transform,
+        crs=embedding.crs,
+        nodata=float("nan"),
+        names=[f"embedding_{channel}" for channel in range(embedding.shape[0])],
+        tags=embedding.tags,
+        compress=compress,
+    )
+    array_to_cog(embedding.values, path, layout)

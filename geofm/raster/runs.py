@@ -1,0 +1,299 @@
+"""The loop: a thread reads, this one computes and blends, another one writes."""
+
+from __future__ import annotations
+
+import importlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from geofm.errors import ModelError, RasterError
+from geofm.preprocess import Preprocess
+from geofm.raster.networks import Network
+from geofm.raster.sources import Source
+from geofm.raster.stores import Store
+from geofm.raster.strips import Strip, StripReader
+from geofm.raster.windows import Axis, Panel
+
+__all__ = ["Job", "run", "sample"]
+
+# Blocks that may wait for the writer.
+_WAITING = 2
+# Windows and cells from which components and scales are fitted.
+_SAMPLE_WINDOWS, _SAMPLE_TRIES, _SAMPLE_CELLS = 64, 512, 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """All that the values depend on.
+
+    Attributes:
+        source: What is read.
+        bands: Names of the bands to read.
+        prepare: Their preprocessing.
+        network: What is computed from a window.
+        channels: Channels that the network gives.
+        rows: Windows from top to bottom.
+        columns: Windows from left to right.
+        panels: Windows of neighbouring columns that are done together.
+        blend: As in `Axis.weights`.
+        batch: Windows at a time.
+        min_valid: Share of a cell's pixels that must have data.
+    """
+
+    source: Source
+    bands: tuple[str, ...]
+    prepare: Preprocess
+    network: Network
+    channels: int
+    rows: Axis
+    columns: Axis
+    panels: tuple[Panel, ...]
+    blend: str
+    batch: int
+    min_valid: float
+
+    def reader(self, panel: Panel) -> StripReader:
+        """A reader of a panel.
+
+        Args:
+            panel: The panel.
+        """
+        return StripReader(
+            self.source,
+            self.bands,
+            self.prepare,
+            self.rows,
+            self.columns,
+            panel,
+            min_valid=self.min_valid,
+            replicate=not self.network.whole,
+        )
+
+
+@torch.inference_mode()
+def run(job: Job, store: Store, device: torch.device, progress: bool | None) -> None:
+    """Compute all blocks that a store does not have yet.
+
+    Which windows are computed together does not depend on what is there already, nor does the order
+    in which they are blended: a continued run gives the same bits.
+
+    Args:
+        job: What to compute.
+        store: Takes the blocks.
+        device: Where the network is.
+        progress: Show a bar; None: if this is a terminal.
+    """
+    todo = [(number, panel, store.finished(number)) for number, panel in enumerate(job.panels)]
+    count = len(job.rows.starts)
+    total = sum((count - done) * (panel.end - panel.begin) for _, panel, done in todo)
+    tqdm = importlib.import_module("tqdm").tqdm
+    hidden = None if progress is None else not progress
+    with (
+        tqdm(total=total, unit="window", smoothing=0.05, disable=hidden) as bar,
+        ThreadPoolExecutor(1, "geofm-read") as reading,
+        ThreadPoolExecutor(1, "geofm-write") as writing,
+    ):
+        writer = _Writer(store, writing)
+        for number, panel, done in todo:
+            if done == count:
+                continue
+            for row, place, block, enough in _blocks(job, panel, done, device, reading):
+                writer.put(number, row, place, block, enough)
+                bar.update(panel.end - panel.begin)
+        writer.finish()
+
+
+class _Writer:
+    """Hands blocks to a thread that writes them, in order, and none after one that failed."""
+
+    def __init__(self, store: Store, thread: ThreadPoolExecutor) -> None:
+        self.store, self.thread = store, thread
+        self.failed = False
+        self.pending: deque[Future[None]] = deque()
+
+    def put(self, *block: Any) -> None:
+        """Have a block written; waits while others wait.
+
+        Args:
+            *block: As `Store.write` takes it.
+        """
+        while len(self.pending) >= _WAITING:
+            self.pending.popleft().result()
+        self.pending.append(self.thread.submit(self._write, block))
+
+    def finish(self) -> None:
+        """Wait until all blocks are written."""
+        while self.pending:
+            self.pending.popleft().result()
+
+    def _write(self, block: tuple[Any, ...]) -> None:
+        if self.failed:
+            return
+        # Until it is written: an error of any kind leaves it so.
+        self.failed = True
+        self.store.write(*block)
+        self.failed = False
+
+
+def _blocks(
+    job: Job, panel: Panel, done: int, device: torch.device, reading: ThreadPoolExecutor
+) -> Iterator[tuple[int, tuple[int, int], NDArray[np.float32], NDArray[np.bool_]]]:
+    """Finished blocks of a panel, from row of windows `done` on."""
+    rows, columns = job.rows, job.columns
+    reader = job.reader(panel)
+    # Windows above reach into the first block.
+    begin = rows.first_over(done)
+    blend = _Blend(job, panel)
+    strip = reading.submit(reader.read, begin)
+    for row in range(begin, len(rows.starts)):
+        current = strip.result()
+        if row + 1 < len(rows.starts):
+            strip = reading.submit(reader.read, row + 1)
+        for indices, pixels in _batches(job, panel, current):
+            values = _apply(job.network, pixels, device)
+            for index, value in zip(indices, values, strict=True):
+                blend.add(row, index, value)
+        first, last = rows.owned(row)
+        block = blend.take(last - first)
+        if row >= done:
+            yield row, (first, columns.owned(panel.own)[0]), block, current.enough
+
+
+def _batches(job: Job, panel: Panel, strip: Strip) -> Iterator[tuple[Sequence[int], Tensor]]:
+    size = job.columns.size
+    filled = zip(range(panel.begin, panel.end), strip.filled, strict=True)
+    wanted = [index for index, some in filled if some]
+    for begin in range(0, len(wanted), job.batch):
+        indices = wanted[begin : begin + job.batch]
+        windows = [strip.window(job.columns.starts[index], size) for index in indices]
+        yield indices, torch.stack(windows)
+
+
+def _apply(network: Network, pixels: Tensor, device: torch.device) -> NDArray[np.float32]:
+    try:
+        found = network.apply(pixels.to(device, non_blocking=True)).float().cpu()
+    except torch.OutOfMemoryError as error:
+        raise RasterError(
+            f"{len(pixels)} windows of {pixels.shape[-2]} x {pixels.shape[-1]} px do not fit into "
+            f"the device's memory; take a smaller batch_size or window"
+        ) from error
+    return found.numpy()
+
+
+class _Blend:
+    """A running weighted mean over the windows of a panel, for one row of windows at a time.
+
+    A mean of equal values is exactly that value: each new value moves the mean by a share of its
+    difference from it.
+    """
+
+    def __init__(self, job: Job, panel: Panel) -> None:
+        self.rows, self.columns, self.blend = job.rows, job.columns, job.blend
+        self.begin = job.columns.firsts[panel.begin]
+        self.skip = job.columns.firsts[panel.own] - self.begin
+        self.width = job.columns.owned(panel.end - 1)[1] - self.begin
+        # Windows of the panel may reach into the cells of the next one.
+        reach = job.columns.firsts[panel.end - 1] + job.columns.cells - self.begin
+        self.mean = np.zeros((job.channels, job.rows.cells, reach), dtype=np.float32)
+        self.weight = np.zeros((job.rows.cells, reach), dtype=np.float32)
+
+    def add(self, row: int, column: int, value: NDArray[np.float32]) -> None:
+        """Take the values of a window.
+
+        Args:
+            row: Its row of windows, the current one.
+            column: Its column of windows.
+            value: (channels, rows, columns).
+        """
+        expected = (len(self.mean), self.rows.cells, self.columns.cells)
+        if value.shape != expected:
+            raise ModelError(f"the model gives {value.shape} for a window, not {expected}")
+        new = np.multiply.outer(
+            self.rows.weights(row, self.blend), self.columns.weights(column, self.blend)
+        )
+        first = self.columns.firsts[column] - self.begin
+        place = slice(first, first + self.columns.cells)
+        weight = self.weight[:, place]
+        weight += new
+        share = np.divide(new, weight, out=np.zeros_like(new), where=new > 0)
+        mean = self.mean[:, :, place]
+        mean += share * (value - mean)
+
+    def take(self, rows: int) -> NDArray[np.float32]:
+        """The uppermost cells, which are final, and go on to those below.
+
+        Args:
+            rows: How many.
+
+        Returns:
+            (channels, rows, columns) of the panel's own cells.
+        """
+        final = self.mean[:, :rows, self.skip : self.width].copy()
+        for array in (self.mean, self.weight):
+            # numpy minds the overlap.
+            kept = array.shape[-2] - rows
+            array[..., :kept, :] = array[..., rows:, :]
+            array[..., kept:, :] = 0
+        return final
+
+
+@torch.inference_mode()
+def sample(job: Job, device: torch.device) -> NDArray[np.float32]:
+    """Cells from windows all over the raster, from which components and scales are fitted.
+
+    Args:
+        job: What to compute.
+        device: Where the network is.
+
+    Returns:
+        (cells, channels).
+
+    Raises:
+        RasterError: No window has data.
+    """
+    random = np.random.default_rng(0)
+    wide = len(job.columns.starts)
+    found: list[NDArray[np.float32]] = []
+    order = random.permutation(len(job.rows.starts) * wide)[:_SAMPLE_TRIES]
+    for number in order.tolist():
+        row, column = divmod(number, wide)
+        panel = Panel(column, column, column + 1)
+        reader = job.reader(panel)
+        strip = reader.read(row)
+        if not strip.filled[0]:
+            continue
+        pixels = strip.window(job.columns.starts[column], job.columns.size)
+        value = _apply(job.network, pixels[None], device)[0]
+        # Only cells that count: those at a window's edge are unlike what becomes of them.
+        rows, columns = (_counting(*each) for each in ((job.rows, row), (job.columns, column)))
+        top, left = job.rows.firsts[row], job.columns.firsts[column]
+        enough = reader.enough(
+            (top + rows.start, top + rows.stop), (left + columns.start, left + columns.stop)
+        )
+        cells = value[:, rows, columns].reshape(job.channels, -1).T[enough.ravel()]
+        if len(cells) > _SAMPLE_CELLS:
+            cells = cells[random.choice(len(cells), _SAMPLE_CELLS, replace=False)]
+        found.append(cells)
+        if len(found) == _SAMPLE_WINDOWS:
+            break
+    values = np.concatenate(found) if found else np.empty((0, job.channels), dtype=np.float32)
+    if not len(values):
+        raise RasterError(
+            f"{len(order)} windows all over the raster have no data, so that neither components "
+            f"nor scales can be fitted; check nodata="
+        )
+    return values
+
+
+def _counting(axis: Axis, index: int) -> slice:
+    """Cells of a window that are nearest to its centre, of all windows'."""
+    place = np.flatnonzero(axis.weights(index, "centre"))
+    return slice(int(place[0]), int(place[-1]) + 1)

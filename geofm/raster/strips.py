@@ -1,0 +1,201 @@
+"""Reading: strips of prepared pixels, each pixel read and prepared once for all its windows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from geofm.preprocess import Preprocess
+from geofm.raster.sources import Source
+from geofm.raster.windows import Axis, Panel
+
+__all__ = ["Strip", "StripReader", "has_data"]
+
+# Pixels that are prepared at a time: preparing needs several copies of them.
+_AT_ONCE = 256 * 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """One row of windows of one panel.
+
+    Attributes:
+        pixels: Prepared, (bands, height of a window, width of the panel).
+        left: Column of the raster where it begins.
+        filled: For each window of the panel, whether it has data at all.
+        enough: (rows, columns) of the cells that are final after this row; False: no data.
+    """
+
+    pixels: Tensor
+    left: int
+    filled: tuple[bool, ...]
+    enough: NDArray[np.bool_]
+
+    def window(self, start: int, size: int) -> Tensor:
+        """Pixels of a window.
+
+        Args:
+            start: Its first column in the raster.
+            size: Its width.
+
+        Returns:
+            (bands, height, size).
+        """
+        return self.pixels[:, :, start - self.left : start - self.left + size]
+
+
+class StripReader:
+    """Reads the rows of windows of a panel, one after the other.
+
+    Args:
+        source: What is read.
+        bands: Names of the bands to read.
+        prepare: Their preprocessing.
+        rows: Windows from top to bottom.
+        columns: Windows from left to right.
+        panel: Which of these.
+        min_valid: Share of a cell's pixels that must have data.
+        replicate: Continue beyond the raster by the last row and column; else by missing pixels.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        bands: Sequence[str],
+        prepare: Preprocess,
+        rows: Axis,
+        columns: Axis,
+        panel: Panel,
+        *,
+        min_valid: float,
+        replicate: bool,
+    ) -> None:
+        self.source, self.bands, self.prepare = source, tuple(bands), prepare
+        self.rows, self.columns, self.panel = rows, columns, panel
+        self.min_valid, self.replicate = min_valid, replicate
+        # Cells may begin before their window does; their pixels count for having data or not.
+        self.before = max(0, int(np.ceil(-rows.lower)))
+        self.left = max(0, columns.starts[panel.begin] - self.before)
+        self.end = columns.starts[panel.end - 1] + columns.size
+        # What is in memory of the raster: rows from `top` on.
+        self.top = self.bottom = 0
+        self.pixels = torch.empty(0)
+        self.valid = np.zeros((0, 0), dtype=bool)
+
+    def read(self, row: int) -> Strip:
+        """Read a row of windows. Rows must be asked for in order.
+
+        Args:
+            row: Its number.
+
+        Returns:
+            Its pixels.
+
+        Raises:
+            RasterError: The source cannot be read.
+            PixelError: The pixels are not in the stated units.
+        """
+        start = self.rows.starts[row]
+        end = start + self.rows.size
+        top = max(0, start - self.before)
+        self._advance(top, min(end, self.rows.length))
+        pixels = self._continued(self.pixels[:, start - top :], end - start, self.end - self.left)
+        first = self.columns.owned(self.panel.own)[0]
+        last = self.columns.owned(self.panel.end - 1)[1]
+        enough = self.enough(self.rows.owned(row), (first, last))
+        return Strip(pixels, self.left, self._filled(start - top), enough)
+
+    def _advance(self, top: int, bottom: int) -> None:
+        if top >= self.bottom:
+            self.top = self.bottom = top
+            self.pixels, self.valid = self._load(top, bottom)
+        else:
+            kept = top - self.top
+            self.valid = self.valid[kept:]
+            self.pixels = self.pixels[:, kept:]
+            if bottom > self.bottom:
+                pixels, valid = self._load(self.bottom, bottom)
+                self.pixels = torch.cat((self.pixels, pixels), dim=1)
+                self.valid = np.concatenate((self.valid, valid))
+        self.top, self.bottom = top, bottom
+
+    def _load(self, top: int, bottom: int) -> tuple[Tensor, NDArray[np.bool_]]:
+        height, right = bottom - top, min(self.end, self.columns.length)
+        prepared = torch.empty(len(self.prepare.spec.bands), height, right - self.left)
+        valid = np.empty((height, right - self.left), dtype=bool)
+        # Multiples of 512, as files are in tiles of 256 or 512 and would be decoded twice.
+        step = max(512, _AT_ONCE // max(height, 1) // 512 * 512)
+        edges = [self.left, *range((self.left // step + 1) * step, right, step), right]
+        for begin, end in itertools.pairwise(edges):
+            stored = self.source.read(self.bands, top, begin, height, end - begin)
+            place = slice(begin - self.left, end - self.left)
+            prepared[:, :, place] = self.prepare(stored)
+            valid[:, place] = has_data(stored, self.prepare.nodata)
+        return prepared, valid
+
+    def _continued(self, pixels: Tensor, height: int, width: int) -> Tensor:
+        below, right = height - pixels.shape[1], width - pixels.shape[2]
+        if not below and not right:
+            return pixels
+        if self.replicate:
+            return F.pad(pixels[None], (0, right, 0, below), mode="replicate")[0]
+        return F.pad(pixels, (0, right, 0, below), value=self.prepare.blank)
+
+    def _filled(self, skip: int) -> tuple[bool, ...]:
+        some = np.asarray(self.valid[skip:].any(axis=0))
+        columns = self.columns
+        starts = columns.starts[self.panel.begin : self.panel.end]
+        return tuple(bool(some[s - self.left : s - self.left + columns.size].any()) for s in starts)
+
+    def enough(self, rows: tuple[int, int], columns: tuple[int, int]) -> NDArray[np.bool_]:
+        """Which cells of the row of windows that was read last have enough data.
+
+        Args:
+            rows: First row of cells and the one after the last.
+            columns: First column of cells and the one after the last.
+
+        Returns:
+            (rows, columns).
+        """
+        top, bottom = self.rows.footprints(*rows)
+        left, right = self.columns.footprints(*columns)
+        if self.replicate:
+            # Cells at the edge are judged by what lies within the raster.
+            area = np.multiply.outer(bottom - top, right - left)
+        else:
+            area = np.full((len(top), len(left)), self.rows.reach * self.columns.reach)
+        height, width = self.valid.shape
+        sums = np.zeros((height + 1, width + 1), dtype=np.int32)
+        np.cumsum(self.valid, axis=0, out=sums[1:, 1:])
+        np.cumsum(sums[1:, 1:], axis=1, out=sums[1:, 1:])
+        top, bottom = (np.clip(v - self.top, 0, height) for v in (top, bottom))
+        left, right = (np.clip(v - self.left, 0, width) for v in (left, right))
+        above = sums[bottom] - sums[top]
+        count = above[:, right] - above[:, left]
+        return np.asarray((count > 0) & (count >= self.min_valid * area))
+
+
+def has_data(pixels: np.ma.MaskedArray[Any, Any], nodata: Sequence[float]) -> NDArray[np.bool_]:
+    """Pixels with data in one band at least.
+
+    Args:
+        pixels: Stored values, (bands, rows, columns).
+        nodata: Values that mean "no data".
+
+    Returns:
+        (rows, columns).
+    """
+    present = ~np.ma.getmaskarray(pixels)
+    for value in nodata:
+        present &= pixels.data != value
+    if pixels.dtype.kind == "f":
+        present &= np.isfinite(pixels.data)
+    return np.asarray(present.any(axis=0))

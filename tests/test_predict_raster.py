@@ -1,0 +1,106 @@
+"""Class maps of rasters: of pixels, of cells, of windows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from test_windows import noise
+
+import geofm
+from geofm import predict_raster
+
+BANDS = ["B2", "B3"]
+
+
+def head(name: str, **options: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = geofm.create_model(name, bands=BANDS, num_classes=3, **options).eval()
+    with torch.no_grad():
+        # Scores of fresh weights are all alike.
+        model.head.weight *= 20
+    return model
+
+
+def prepared(model: torch.nn.Module, image: Any) -> torch.Tensor:
+    return geofm.create_transform(model, image.bands, "dn", "L2A")(image.pixels)[None]
+
+
+def test_a_segmenter_labels_every_pixel_as_it_would_alone(tmp_path: Path) -> None:
+    model, image = head("mpmae_unet_atto"), noise(72, 96)
+    with torch.inference_mode():
+        expected = model(prepared(model, image))[0]
+    out = tmp_path / "out.tif"
+    got = predict_raster(model, image, out, level="L2A", window="image", classes=["a", "b", "c"])
+    np.testing.assert_allclose(got.values, expected.softmax(0).numpy(), atol=1e-5)
+    logits = predict_raster(model, image, level="L2A", window="image", kind="logits").values
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+    with rasterio.open(out) as file:
+        assert file.descriptions == ("a", "b", "c")
+        assert tuple(file.transform)[:6] == image.transform
+        assert file.tags()["GEOFM_VALUES"] == "probabilities of pixels"
+
+
+def test_the_map_of_classes_is_of_the_blended_probabilities(tmp_path: Path) -> None:
+    model, image = head("mpmae_unet_atto"), noise(100, 150)
+    image.pixels[:, :20, :30] = 0
+    options: dict[str, Any] = {"level": "L2A", "window": 64, "overlap": 32}
+    shares = predict_raster(model, image, **options).values
+    assert shares.shape == (3, 100, 150)
+    valid = np.isfinite(shares).all(axis=0)
+    assert not valid[:20, :30].any()
+    assert valid.sum() == 100 * 150 - 20 * 30
+    np.testing.assert_allclose(shares.sum(axis=0)[valid], 1, atol=1e-5)
+    out = tmp_path / "out.tif"
+    predict_raster(model, image, out, **options, kind="classes")
+    with rasterio.open(out) as file:
+        classes = file.read(1)
+        assert file.dtypes == ("uint8",)
+        assert file.nodata == 255
+        assert file.tags()["GEOFM_CLASSES"] == "class_0,class_1,class_2"
+    assert (classes[~valid] == 255).all()
+    np.testing.assert_array_equal(classes[valid], shares.argmax(axis=0)[valid])
+    assert len(np.unique(classes[valid])) > 1
+
+
+def test_a_classifier_labels_windows_and_one_without_pooling_labels_cells() -> None:
+    image = noise(112, 112)
+    model = head("mpmae_atto", stem_padding="aligned")
+    got = predict_raster(model, image, level="L2A", window="tile", kind="logits")
+    assert got.shape == (3, 2, 2)
+    assert got.stride == 56
+    with torch.inference_mode():
+        expected = model(prepared(model, image)[:, :, 56:, :56])[0].numpy()
+    np.testing.assert_allclose(got.values[:, 1, 0], expected, atol=1e-4)
+    cells = head("mpmae_atto", stem_padding="aligned", global_pool="")
+    got = predict_raster(cells, image, level="L2A", window="image", kind="logits")
+    with torch.inference_mode():
+        expected = cells(prepared(cells, image))[0].numpy()
+    np.testing.assert_allclose(got.values, expected, atol=1e-4)
+
+
+def test_the_models_mode_is_left_as_it_was() -> None:
+    model = head("mpmae_atto").train()
+    predict_raster(model, noise(64, 64), level="L2A")
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("classes", "options", "words"),
+    [
+        (0, {}, "no head"),
+        (3, {"kind": "best"}, "kind is"),
+        (3, {"classes": ["a"]}, "3 classes, but 1 are named"),
+        (3, {"dtype": "uint8"}, "dtype is one of"),
+    ],
+)
+def test_what_cannot_be_predicted_is_refused(
+    classes: int, options: dict[str, Any], words: str
+) -> None:
+    model = geofm.create_model("mpmae_atto", bands=BANDS, num_classes=classes)
+    with pytest.raises(geofm.GeofmError, match=words):
+        predict_raster(model, noise(64, 64), level="L2A", **options)
