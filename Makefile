@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.raster
 	mkdir -p demo
 	$(BIN)/geofm sample scene demo/scene.tif
-	$(BIN)/geofm embed demo/scene.tif --no-pretrained --level L2A -o demo/embedding.tif
+	$(BIN)/geofm embed demo/scene.tif --weights starter --level L2A -o demo/embedding.tif
 	@echo "See demo/embedding.png: true colour beside the embedding's first three components."
 
 test: $(VENV)/.dev lint

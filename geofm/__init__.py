@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from geofm.raster import embed_raster, predict_raster
     from geofm.registry import is_model, list_models, list_pretrained, model_card
     from geofm.scenes import Scene, open_scene
+    from geofm.series import species_map
     from geofm.species import name_species
     from geofm.spectral import Band, Sensor
     from geofm.taxonomy import Taxon
@@ -80,6 +81,7 @@ __all__ = [
     "name_species",
     "open_scene",
     "predict_raster",
+    "species_map",
     "zero_shot",
 ]
 
@@ -103,6 +105,7 @@ _LAZY = {
     "name_species": "geofm.species",
     "open_scene": "geofm.scenes",
     "predict_raster": "geofm.raster",
+    "species_map": "geofm.series",
     "zero_shot": "geofm.zeroshot",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -73,9 +74,7 @@ def monthly_composite(
     if cloudy is not None and not _lazy(pixels) and _lazy(cloudy):
         pixels = _dask().from_array(pixels, chunks=("auto", -1, *cloudy.chunks[1:]))
 
-    def one(pixels: NDArray[Any], cloudy: NDArray[np.bool_] | None = None) -> NDArray[np.float32]:
-        return _one_month(pixels, cloudy, empty, statistic, min_clear)
-
+    one = functools.partial(_one_month, empty=empty, statistic=statistic, min_clear=min_clear)
     parts = [_of_month(pixels, cloudy, months == month, one) for month in range(1, MONTHS + 1)]
     values = _dask().stack(parts) if _lazy(pixels) else np.stack(parts)
     coords = {name: c for name, c in array.coords.items() if "time" not in (name, *c.dims)}
@@ -103,7 +102,7 @@ def _of_month(
         return one(pixels[index], None if cloudy is None else np.asarray(cloudy)[index])
     dask = _dask()
     if not len(index):
-        return dask.full(pixels.shape[1:], np.nan, np.float32, chunks=pixels.chunks[1:])
+        return dask.full(pixels.shape[1:], np.nan, dtype=np.float32, chunks=pixels.chunks[1:])
     some = pixels[index].rechunk({0: -1})
     masks = []
     if cloudy is not None:
@@ -116,7 +115,8 @@ def _of_month(
 
 def _one_month(
     pixels: NDArray[Any],
-    cloudy: NDArray[np.bool_] | None,
+    cloudy: NDArray[np.bool_] | None = None,
+    *,
     empty: tuple[float, ...],
     statistic: str,
     min_clear: int,

@@ -79,7 +79,12 @@ class Cube:
             PixelError: These are no digital numbers.
         """
         _, height, width = self.grid.shape
-        y0, y1, x0, x1 = max(top, 0), min(top + rows, height), max(left, 0), min(left + columns, width)
+        y0, y1, x0, x1 = (
+            max(top, 0),
+            min(top + rows, height),
+            max(left, 0),
+            min(left + columns, width),
+        )
         part = self.array[:, :, y0:y1, x0:x1].values
         values = part.astype(np.float32)
         values[~np.isfinite(values)] = np.nan
@@ -194,7 +199,9 @@ def _transform(monthly: Any) -> tuple[float, float, float, float, float, float]:
         axis = Axis(length, length, (0,), length, (0,), 0.0, 1, 1)
         found = cell_centres(name, monthly.coords[name].values, axis)
         if found is None:
-            raise RasterError(f"a single pixel along {name} does not tell its size; take two or more")
+            raise RasterError(
+                f"a single pixel along {name} does not tell its size; take two or more"
+            )
         centres, step = found
         ends.append((step, float(centres[0]) - step / 2))
     (dx, left), (dy, top) = ends
@@ -205,8 +212,12 @@ def _crs(monthly: Any, given: Any) -> str | None:
     """As WKT: what is given, else what the grid mapping or the attributes say."""
     if given is None:
         mapping = monthly.encoding.get("grid_mapping") or monthly.attrs.get("grid_mapping")
-        places = [c.attrs for n, c in monthly.coords.items() if n in (mapping, "spatial_ref", "crs")]
-        found = [attrs[key] for attrs in (*places, monthly.attrs) for key in _CRS_ATTRS if key in attrs]
+        places = [
+            c.attrs for n, c in monthly.coords.items() if n in (mapping, "spatial_ref", "crs")
+        ]
+        found = [
+            attrs[key] for attrs in (*places, monthly.attrs) for key in _CRS_ATTRS if key in attrs
+        ]
         if not found:
             return None
         given = found[0]
@@ -214,6 +225,8 @@ def _crs(monthly: Any, given: Any) -> str | None:
     try:
         system = importlib.import_module("rasterio.crs").CRS.from_user_input(given)
     except rasterio.errors.CRSError as error:
-        raise RasterError(f"{str(given)[:80]!r} is no coordinate reference system: {error}") from error
+        raise RasterError(
+            f"{str(given)[:80]!r} is no coordinate reference system: {error}"
+        ) from error
     wkt: str = system.to_wkt()
     return wkt
