@@ -4,9 +4,10 @@
     python benchmarks/pretrain_speed.py --device cuda --batch 1024 --amp --compile
 
 One step is forward and backward of all twelve modalities. The plain dense step stands for the
-published code where its sparse convolutions are not to be had: the same encoder on all sites, and
-the decoder's block and all patches' predictions computed once for each modality. Both run in turns
-in one process; the figure to trust is their ratio.
+published code where its sparse convolutions are not to be had: the encoder on all sites, its blocks
+and norms formula by formula (as in encoder_speed.py), and the decoder's block and all patches'
+predictions computed once for each modality. Both run in turns in one process; the figure to trust
+is their ratio.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from encoder_speed import published_form
 from torch import Tensor, nn
 
 from geofm.pretrain import MODALITIES, MaskedAutoencoder
@@ -30,6 +32,9 @@ class Dense(nn.Module):
     def __init__(self, method: MaskedAutoencoder) -> None:
         super().__init__()
         self.method = method
+        # The same parameters, in the published form.
+        self.encoder = published_form(method.encoder)
+        self.decoder = published_form(method.decoder)
 
     def forward(self, batch: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         method = self.method
@@ -37,12 +42,12 @@ class Dense(nn.Module):
         count, grid = len(pixels), pixels.shape[-1] // method.patch_size
         hide = mask.view(count, 1, grid, grid).to(pixels.dtype)
         sites = hide.repeat_interleave(method.patch_size, 2).repeat_interleave(method.patch_size, 3)
-        x = method.encoder.forward_features(pixels * (1 - sites))
+        x = self.encoder.forward_features(pixels * (1 - sites))
         x = method.proj(x)
         x = x * (1 - hide) + method.mask_token * hide
         losses = {}
         for m in method.modalities:
-            decoded = method.decoder(x)
+            decoded = self.decoder(x)
             head = method.pred_dict[m.name]
             if not m.per_pixel:
                 decoded = method.layer_norm_tmp(decoded.permute(0, 2, 3, 1)).mean((1, 2))
@@ -111,7 +116,7 @@ def main() -> None:
     method = MaskedAutoencoder(
         options.encoder, patch_size=options.patch_size, grn_scope=options.grn
     ).to(device)
-    dense = Dense(method)
+    dense = Dense(method).to(device)
     batch = random_batch(options.batch, method.size, device)
     mask = method.random_mask({}, options.batch, 7).to(device)
     ours: Callable = torch.compile(method) if options.compile else method
@@ -121,6 +126,7 @@ def main() -> None:
             torch.cuda.synchronize()
         start = time.perf_counter()
         method.zero_grad(set_to_none=True)
+        dense.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.amp):
             losses = run(batch, mask)
         losses["total"].backward()

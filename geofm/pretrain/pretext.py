@@ -175,14 +175,20 @@ def patch_error(
         The sum over patches and the number of those whose error is not 0.
     """
     target = torch.nan_to_num(target).float()
-    known = target != 0 if missing == "exclude" else torch.ones_like(target, dtype=torch.bool)
+    if missing == "zero":
+        if patch_norm:
+            variance, mean = torch.var_mean(target, (1, 2), keepdim=True)
+            target = (target - mean) / (variance + _PATCH_EPS).sqrt()
+        error = F.mse_loss(predicted, target, reduction="none").mean((1, 2))
+        return error.sum(), (error != 0).sum()
+    known = target != 0
     number = known.sum((1, 2)).clamp(min=1)
     if patch_norm:
         weight = known.float()
-        mean = (target * weight).sum((1, 2)) / number
-        centred = (target - mean[:, None, None]) * weight
-        variance = centred.square().sum((1, 2)) / (number - 1).clamp(min=1)
-        target = centred / (variance + _PATCH_EPS).sqrt()[:, None, None]
+        average = (target * weight).sum((1, 2)) / number
+        centred = (target - average[:, None, None]) * weight
+        spread = centred.square().sum((1, 2)) / (number - 1).clamp(min=1)
+        target = centred / (spread + _PATCH_EPS).sqrt()[:, None, None]
     error = torch.where(known, predicted - target, 0).square().sum((1, 2)) / number
     return error.sum(), (error != 0).sum()
 
