@@ -66,19 +66,29 @@ def test_embed_is_the_same_every_time(tmp_path: Path) -> None:
         assert (a.read() == b.read()).all()
 
 
-def test_embed_without_weights_and_network_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", ["mpmae_atto", "mpmae_tiny"])
+def test_embed_without_network_takes_bundled_weights_or_says_what_to_do(
+    model: str, tmp_path: Path
+) -> None:
     scene, out = tmp_path / "scene.tif", tmp_path / "o.tif"
     main(["sample", "scene", str(scene), "--size", "64"])
+    words = ["embed", str(scene), "-o", str(out), "--level", "L2A", "--model", model]
     done = subprocess.run(
-        [sys.executable, "-m", "geofm", "embed", scene, "-o", out, "--level", "L2A"],
+        [sys.executable, "-m", "geofm", *words],
         capture_output=True,
         text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
-    assert done.returncode == 2
     assert "HF_HUB_OFFLINE" in done.stderr
-    assert "--no-pretrained" in done.stderr
-    assert not out.exists()
+    if model == "mpmae_atto":
+        assert done.returncode == 0
+        assert "loaded the small bundled checkpoint mpmae_atto.starter instead" in done.stderr
+        with rasterio.open(out) as file:
+            assert file.tags()["GEOFM_WEIGHTS"].startswith("mpmae_atto.starter")
+    else:
+        assert done.returncode == 2
+        assert "--no-pretrained" in done.stderr
+        assert not out.exists()
 
 
 def test_embed_takes_named_bands_and_fills(

@@ -37,7 +37,14 @@ def scale_bar(grid: Grid, share: float = 0.3) -> tuple[float, str] | None:
 
 
 def extent_text(grid: Grid) -> str:
-    """Corners in degrees, or why there are none."""
+    """Corners in degrees, or why there are none.
+
+    Args:
+        grid: Where the cells lie.
+
+    Returns:
+        A line for a picture.
+    """
     if grid.crs is None:
         return "No coordinate reference system."
     west, south, east, north = grid.extent()
@@ -54,7 +61,14 @@ def extent_text(grid: Grid) -> str:
 
 
 def origin_text(grid: Grid) -> str:
-    """What made the values, as far as the tags say."""
+    """What made the values, as far as the tags say.
+
+    Args:
+        grid: With its tags.
+
+    Returns:
+        A line for a picture.
+    """
     tags = grid.tags
     parts = [
         tags.get("GEOFM_VALUES", ""),

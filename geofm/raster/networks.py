@@ -214,6 +214,11 @@ def embedding_map(model: nn.Module, prepared: Tensor) -> tuple[Tensor, int, floa
 def check_size(network: Network, height: int, width: int) -> None:
     """Refuse an image that does not hold one cell.
 
+    Args:
+        network: What is to be run.
+        height: Of the image, in px.
+        width: Likewise.
+
     Raises:
         ModelError: It does not.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -116,11 +117,10 @@ class FileSource:
                 self.file = self.rasterio.open(path)
             except self.rasterio.errors.RasterioError as error:
                 raise RasterError(f"{path} cannot be read as a raster: {error}") from error
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             self._describe(bands)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def _describe(self, bands: Sequence[str] | None) -> None:
         file = self.file

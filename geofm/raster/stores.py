@@ -8,6 +8,7 @@ rows can.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
@@ -117,11 +118,10 @@ class PartialStore:
             raise RasterError(f"{self.folder} is in use by another run; wait for it") from error
         except OSError as error:
             raise RasterError(f"cannot write {self.output}: {_reason(error)}") from error
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock.release)
             self._begin(resume)
-        except BaseException:
-            self._lock.release()
-            raise
+            undo.pop_all()
 
     def _begin(self, resume: bool) -> None:
         path = self.folder / _PLAN
