@@ -29,12 +29,13 @@ from geofm.pretrain import MODALITIES, MaskedAutoencoder
 class Dense(nn.Module):
     """The same parameters, without any of the savings."""
 
-    def __init__(self, method: MaskedAutoencoder) -> None:
+    def __init__(self, method: MaskedAutoencoder, published: bool) -> None:
         super().__init__()
         self.method = method
-        # The same parameters, in the published form.
-        self.encoder = published_form(method.encoder)
-        self.decoder = published_form(method.decoder)
+        self.encoder, self.decoder = method.encoder, method.decoder
+        if published:
+            self.encoder = published_form(method.encoder)
+            self.decoder = published_form(method.decoder)
 
     def forward(self, batch: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
         method = self.method
@@ -109,6 +110,12 @@ def main() -> None:
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="torch.compile of geofm's step")
     parser.add_argument("--grn", choices=("sample", "batch"), default="sample")
+    parser.add_argument(
+        "--baseline",
+        choices=("published", "own"),
+        default="published",
+        help="blocks of the dense step: formula by formula, or geofm's own faster ones",
+    )
     options = parser.parse_args()
 
     device = torch.device(options.device)
@@ -116,7 +123,7 @@ def main() -> None:
     method = MaskedAutoencoder(
         options.encoder, patch_size=options.patch_size, grn_scope=options.grn
     ).to(device)
-    dense = Dense(method).to(device)
+    dense = Dense(method, options.baseline == "published").to(device)
     batch = random_batch(options.batch, method.size, device)
     mask = method.random_mask({}, options.batch, 7).to(device)
     ours: Callable = torch.compile(method) if options.compile else method
