@@ -5,9 +5,10 @@
     python benchmarks/raster_speed.py --sizes 10980 --model pointwise      # memory alone
 
 Each size runs in a process of its own, so that its peak memory is its own. "encoder" is the time
-the same windows take in the same batches from memory, with nothing read, blended or written;
-"overhead" is what `embed_raster` takes beyond that, by the clock and by processor time; on a
-machine with other work to do only the latter means anything. `--model pointwise` puts one 1×1
+the same windows take in the same batches from memory, with nothing read, blended or written, from
+`--batches` batches timed before each run and again after it; "overhead" is what `embed_raster`
+takes beyond that, by the clock and by processor time; with `--repeats`, the median. On a machine
+with other work to do only processor time means anything. `--model pointwise` puts one 1×1
 convolution of 12 to 320 channels per 8 px in the encoder's place: all the rest of the work, at its
 full size.
 """
@@ -108,21 +109,28 @@ def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
     """One size, in this process."""
     model = build(options.model)
     jobs: list[Job] = []
-    seconds: dict[str, float] = {}
+    # Of each run: what the encoder takes alone, before it and after it.
+    alone: list[tuple[float, float]] = []
+    spent = {"before": 0.0, "before, processor": 0.0, "windows": 0.0, "finish": 0.0}
     run, finish = embed.run, embed.raw_to_cog
 
     def kept_run(job: Job, *rest: Any) -> None:
         jobs.append(job)
+        begin, processor = time.perf_counter(), time.process_time()
+        alone.append(encoder_seconds(job, options.batches))
+        spent["before"] = time.perf_counter() - begin
+        spent["before, processor"] = time.process_time() - processor
         begin = time.perf_counter()
         run(job, *rest)
-        seconds["windows"] = time.perf_counter() - begin
+        spent["windows"] = time.perf_counter() - begin
 
     def kept_finish(*arguments: Any) -> None:
         begin = time.perf_counter()
         finish(*arguments)
-        seconds["finish"] = time.perf_counter() - begin
+        spent["finish"] = time.perf_counter() - begin
 
     embed.run, embed.raw_to_cog = kept_run, kept_finish
+    rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         source = Path(folder) / "tile.tif"
         # In a process of its own: its memory is not that of the run.
@@ -131,21 +139,32 @@ def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
         )
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         output = Path(folder) / "out.tif"
-        begin, spent = time.perf_counter(), time.process_time()
-        embed_raster(model, source, output, level="L2A", dtype=options.dtype, progress=None)
-        total, processor = time.perf_counter() - begin, time.process_time() - spent
+        for _ in range(options.repeats):
+            output.unlink(missing_ok=True)
+            begin, processor = time.perf_counter(), time.process_time()
+            embed_raster(model, source, output, level="L2A", dtype=options.dtype, progress=None)
+            total = time.perf_counter() - begin - spent["before"]
+            processor = time.process_time() - processor - spent["before, processor"]
+            alone.append(encoder_seconds(jobs[0], options.batches))
+            encoder, encoder_processor = np.mean(alone[-2:], 0).tolist()
+            rows.append(
+                {
+                    "seconds": total,
+                    "of which windows": spent["windows"],
+                    "of which finish": spent["finish"],
+                    "encoder": encoder,
+                    "overhead": total / encoder - 1,
+                    "processor overhead": processor / encoder_processor - 1,
+                }
+            )
         written = output.stat().st_size
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    encoder, encoder_processor = encoder_seconds(jobs[0], options.batches)
+    middle = {name: round(float(np.median([row[name] for row in rows])), 3) for name in rows[0]}
     return {
         "size": size,
-        "seconds": round(total, 2),
-        "of which windows": round(seconds["windows"], 2),
-        "of which finish": round(seconds["finish"], 2),
-        "encoder": round(encoder, 2),
-        "overhead": round(total / encoder - 1, 3),
-        "processor overhead": round(processor / encoder_processor - 1, 3),
-        "us_per_pixel": round(total / size**2 * 1e6, 3),
+        **middle,
+        "overheads": [round(row["overhead"], 3) for row in rows],
+        "us_per_pixel": round(middle["seconds"] / size**2 * 1e6, 3),
         "peak_mb": round(peak / 1024),
         "base_mb": round(base / 1024),
         "output_mb": round(written / 2**20),
@@ -176,6 +195,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "int8"))
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--batches", type=int, default=40, help="to time the encoder with")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each size")
     parser.add_argument("--folder", type=Path, default=None, help="for temporary files")
     parser.add_argument("--plot", type=Path, default=None)
     parser.add_argument("--json", type=Path, default=None)
@@ -194,7 +214,7 @@ def main() -> None:
     for size in options.sizes:
         command = [sys.executable, __file__, "--one", "--sizes", str(size)]
         command += ["--model", options.model, "--dtype", options.dtype]
-        command += ["--batches", str(options.batches)]
+        command += ["--batches", str(options.batches), "--repeats", str(options.repeats)]
         command += ["--threads", str(options.threads)] if options.threads else []
         command += ["--folder", str(options.folder)] if options.folder else []
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -7,6 +7,7 @@ import logging
 import math
 import pickle
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import data
 from torch.utils.data import DataLoader
 
 import geofm
+from geofm.datasets import _hdf5
 from geofm.datasets.mmearth import (
     BANDS,
     MODALITIES,
@@ -460,6 +462,15 @@ def test_a_damaged_tile_is_an_error_that_names_it(path: Path) -> None:
         dataset.__getitems__([3, 4, 5])
     with pytest.raises(OSError, match="3_000004"):
         list(DataLoader(dataset, batch_size=8, num_workers=1))
+
+
+def test_zlib_inflates_to_the_same_where_isal_is_not_installed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = MMEarth(path, split=None)
+    fast = dataset.__getitems__(list(range(N)))
+    monkeypatch.setattr(_hdf5, "zlib", zlib)
+    assert all(equal(a, b) for a, b in zip(fast, dataset.__getitems__(list(range(N))), strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
 
 import geofm
+from geofm.models.grn import grn_linear
 from geofm.models.mpmae import MPMAE, Block, grid_size
 
 SMALL = ["mpmae_atto", "mpmae_femto", "ssl4eco_resnet18", "ssl4eco_vit_tiny_patch16"]
@@ -55,6 +56,61 @@ def test_folded_grn_equals_the_formula_and_its_gradients(dim: int, side: int) ->
     theirs = torch.autograd.grad(plain_grn_block(block, x).square().sum(), list(block.parameters()))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [2, 8])
+def test_derivatives_of_the_folded_grn_are_those_of_finite_differences(outputs: int) -> None:
+    # Nine sites: few beside 8 outputs, many beside 2.
+    torch.manual_seed(0)
+    shapes = [(2, 3, 3, 6), (6,), (6,), (outputs, 6), (outputs,)]
+    inputs = [torch.randn(shape, dtype=torch.double).requires_grad_() for shape in shapes]
+
+    def layer(*tensors: torch.Tensor) -> torch.Tensor:
+        return grn_linear(*tensors, eps=1e-6)  # type: ignore[misc]
+
+    assert torch.autograd.gradcheck(layer, inputs)
+    assert torch.autograd.gradgradcheck(layer, inputs)
+
+
+def test_the_gradient_of_a_silent_channel_is_finite() -> None:
+    hidden = torch.randn(1, 2, 2, 6)
+    hidden[..., 3] = 0
+    hidden.requires_grad_()
+    ones = torch.ones(6)
+    grn_linear(hidden, ones, ones, torch.ones(3, 6), torch.ones(3), 1e-6).sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_in_half_precision_are_near_the_full_ones(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    block = Block(16)
+    nn.init.normal_(block.grn.gamma)
+    x = torch.randn(2, 16, 28, 28)
+    parameters = list(block.parameters())
+    full = torch.autograd.grad(block(x).square().mean(), parameters)
+    with torch.autocast("cpu", dtype):
+        loss = block(x).float().square().mean()
+    half = torch.autograd.grad(loss, parameters)
+    for (name, _), a, b in zip(block.named_parameters(), full, half, strict=True):
+        assert a.dtype == b.dtype
+        # The norm's bias, whose gradient is a difference of large numbers, is left out.
+        if name not in ("norm.weight", "norm.bias"):
+            assert (a - b).norm() < 0.05 * a.norm(), name
+
+
+def test_torchscript_and_traces_match() -> None:
+    torch.manual_seed(0)
+    model = geofm.create_model("mpmae_atto").eval()
+    for name, parameter in model.named_parameters():
+        if "grn" in name:
+            nn.init.normal_(parameter)
+    x = tile(model, side=56)
+    with torch.no_grad():
+        expected = model(x)
+    for other in (torch.jit.script(model), torch.jit.trace(model, x)):
+        torch.testing.assert_close(other(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_sample_does_not_depend_on_its_batch() -> None:

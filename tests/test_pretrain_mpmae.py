@@ -14,8 +14,10 @@ from conftest import PARITY, _fill, parity
 
 import geofm
 from geofm.pretrain import MODALITIES, MaskedAutoencoder, Modality
+from geofm.pretrain.depthwise import depthwise
 from geofm.pretrain.mpmae import BANDS
 from geofm.pretrain.pretext import UncertaintyWeighting, means, summary
+from geofm.pretrain.visible import Visible
 
 TINY = {"decoder_dim": 32, "modalities": ["sentinel2", "month"]}
 
@@ -432,3 +434,27 @@ def test_a_compiled_step_is_one_graph_and_gives_the_same_losses() -> None:
     compiled = torch.compile(method)(batch)
     for name, value in method(batch).items():
         torch.testing.assert_close(compiled[name], value)
+
+
+# Whole maps as kernels; patches as kernels, the map being large; torch's own gradient.
+@pytest.mark.parametrize(("grid", "side"), [(3, 4), (4, 8), (17, 2)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_gradients_of_the_depthwise_convolution_are_torchs(
+    grid: int, side: int, masked: bool
+) -> None:
+    torch.manual_seed(0)
+    length = grid * side
+    x = torch.randn(2, 5, length, length, dtype=torch.double).requires_grad_()
+    weight = torch.randn(5, 1, 7, 7, dtype=torch.double).requires_grad_()
+    visible, used = None, torch.ones(2, 1, length, length, dtype=torch.double)
+    if masked:
+        hidden = torch.stack([torch.randperm(grid**2) >= 4 for _ in range(2)])
+        visible = Visible.of(hidden, 2, grid)
+        used = visible.pixel_mask(side, torch.double)
+    weights_of_loss = torch.randn(2, 5, length, length, dtype=torch.double) * used
+    ours = depthwise(x, weight, visible, side)
+    theirs = F.conv2d(x, weight, padding=3, groups=5)
+    torch.testing.assert_close(ours, theirs)
+    found = torch.autograd.grad((ours * weights_of_loss).sum(), (x, weight))
+    expected = torch.autograd.grad((theirs * weights_of_loss).sum(), (x, weight))
+    torch.testing.assert_close(found, expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,25 @@ from numpy.typing import NDArray
 
 from geofm.errors import MissingExtraError
 
+zlib: Any
+try:
+    # The same format, inflated in 0.6 of the time; part of the extra, but not on every platform.
+    zlib = importlib.import_module("isal.isal_zlib")
+except ImportError:
+    zlib = importlib.import_module("zlib")
+
 __all__ = ["RowFile", "import_h5py"]
 
 _DEFLATE: Final = 1  # H5Z_FILTER_DEFLATE
 # What a damaged or absent chunk raises: in the file, in its structure, in its compression. For a
 # chunk that was never written h5py tries to allocate the size -1.
-_DAMAGE: Final = (OSError, RuntimeError, ValueError, MemoryError, zlib.error)
+_DAMAGE: Final[tuple[type[Exception], ...]] = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    MemoryError,
+    zlib.error,
+)
 
 
 def import_h5py() -> Any:
@@ -48,11 +60,13 @@ class _Array:
         dataset: h5py's.
         offset: Of the first row, in bytes, where rows lie one after the other, uncompressed.
         by_row: Whether each row is a chunk of its own, uncompressed or deflated.
+        deflated: Whether chunks are deflated, where not one says that it is not.
     """
 
     dataset: Any
     offset: int | None
     by_row: bool
+    deflated: bool
 
 
 class RowFile:
@@ -63,8 +77,8 @@ class RowFile:
 
     Two layouts are read around HDF5's own machinery, whose cost for each call is larger than that
     of the data: uncompressed arrays, a run of neighbouring rows in one system call, and arrays of
-    one chunk a row, as stored, with zlib. Whatever does not work out there, HDF5 reads again and
-    has the last word.
+    one chunk a row, as stored, inflated with ISA-L or zlib. Whatever does not work out there, HDF5
+    reads again and has the last word.
 
     Args:
         path: The file.
@@ -158,7 +172,7 @@ class RowFile:
         elif array.by_row:
             where = (first, *(0 for _ in out.shape[1:]))
             skipped, content = dataset.id.read_direct_chunk(where)
-            if dataset.compression and not skipped:
+            if array.deflated and not skipped:
                 content = zlib.decompress(content, bufsize=out.nbytes)
             out[0] = np.frombuffer(content, out.dtype).reshape(out.shape[1:])
         else:
@@ -176,6 +190,7 @@ class RowFile:
                 dataset,
                 dataset.id.get_offset() if dataset.chunks is None and plain else None,
                 rows_apart and filters in ([], [_DEFLATE]),
+                filters == [_DEFLATE],
             )
         return self._arrays[name]
 

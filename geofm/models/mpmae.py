@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d, trunc_normal_
 from timm.layers import calculate_drop_path_rates as drop_path_rates_of
-from timm.models import checkpoint, register_notrace_function
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from geofm.errors import ModelError
+from geofm.models.grn import GlobalResponseNorm, grn_linear
 
-__all__ = ["MPMAE", "VARIANTS", "Block", "GlobalResponseNorm", "grid_size", "grn_linear"]
+__all__ = ["MPMAE", "VARIANTS", "Block", "grid_size"]
 
 LAYER_NORM_EPS = 1e-6
 # The dense published encoder uses 1e-4, the sparse pretraining encoder 1e-6.
@@ -28,67 +29,6 @@ GRN_EPS = 1e-4
 
 # An upstream patch of 8 px is one pixel of the last stage, which is reached by three halvings.
 _HALVINGS = 8
-
-
-@register_notrace_function  # type: ignore[untyped-decorator]
-def grn_linear(
-    hidden: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
-    """Global response normalization followed by a linear layer, without touching `hidden` twice.
-
-    GRN is ``gamma * (x * nx) + beta + x`` with ``nx = gx / (mean(gx) + eps)`` and ``gx`` the L2
-    norm over space, so it is one scale ``1 + gamma * nx`` per sample and channel and one shift
-    ``beta``. A scale of the input channels of a linear layer is a scale of its weights' columns,
-    and a shift is part of its bias: the widest activation of the block is read once for the norm
-    and once by the product, and never rewritten.
-
-    Args:
-        hidden: Activation, (N, H, W, D).
-        gamma: Learned scale of the response, D values.
-        beta: Learned shift, D values.
-        weight: Weights of the linear layer, (C, D).
-        bias: Bias of the linear layer, (C,).
-        eps: Added to the mean response.
-
-    Returns:
-        (N, H, W, C).
-    """
-    batch, height, width, _ = hidden.shape
-    # At least float32: a sum of squares over a tile leaves float16's range.
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    response = torch.linalg.vector_norm(hidden, dim=(1, 2), dtype=wide)
-    relative = response / (response.mean(dim=-1, keepdim=True) + eps)
-    scale = (1 + gamma.flatten() * relative).to(hidden.dtype)
-    bias = F.linear(beta.flatten().to(weight.dtype), weight, bias)
-    sites = hidden.flatten(1, 2)
-    # Few sites: scaling them is less work than scaling a copy of the weights per sample.
-    few = height * width < 2 * weight.shape[0]
-    if not torch.jit.is_scripting():
-        # An exported graph must not depend on the size it was traced with.
-        few = few or torch.compiler.is_exporting()
-    if few:
-        out = F.linear(sites * scale[:, None], weight, bias)
-    else:
-        per_sample = (weight * scale[:, None]).transpose(1, 2)
-        out = torch.baddbmm(bias, sites, per_sample.to(sites.dtype))
-    return out.view(batch, height, width, weight.shape[0])
-
-
-class GlobalResponseNorm(nn.Module):
-    """The two vectors of a GRN layer; `Block` applies them folded into its second linear layer.
-
-    Args:
-        dim: Number of channels.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-    """
-
-    def __init__(
-        self, dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1, 1, 1, dim, device=device, dtype=dtype))
-        self.beta = nn.Parameter(torch.zeros(1, 1, 1, dim, device=device, dtype=dtype))
 
 
 class Block(nn.Module):

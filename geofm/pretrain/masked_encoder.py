@@ -1,4 +1,4 @@
-"""The MP-MAE encoder on visible patches alone, in plain tensors.
+"""The MP-MAE encoder on visible patches alone, in plain tensors; and the decoder on all of them.
 
 The published pretraining encoder runs on sparse tensors (submanifold convolutions): a site exists
 only where its patch is visible. Here the sites of visible patches are the rows of a matrix. What
@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geofm.models.mpmae import LAYER_NORM_EPS, MPMAE, Block, grn_linear
+from geofm.models.grn import grn_linear
+from geofm.models.mpmae import LAYER_NORM_EPS, MPMAE, Block
+from geofm.pretrain.depthwise import depthwise
 from geofm.pretrain.visible import Visible
 
-__all__ = ["encode_visible"]
+__all__ = ["decode", "encode_visible"]
 
 
 def encode_visible(encoder: MPMAE, pixels: Tensor, visible: Visible, grn_scope: str) -> Tensor:
@@ -51,6 +53,26 @@ def encode_visible(encoder: MPMAE, pixels: Tensor, visible: Visible, grn_scope: 
     return x.flatten(0, 2)
 
 
+def decode(blocks: nn.Sequential, x: Tensor) -> Tensor:
+    """Run the decoder's blocks.
+
+    Args:
+        blocks: Each a `Block`.
+        x: All patches, (N, C, h, w), channels last in memory.
+
+    Returns:
+        (N, h, w, C).
+    """
+    count, channels, height, width = x.shape
+    out = x.permute(0, 2, 3, 1)
+    for block in blocks:
+        assert isinstance(block, Block)
+        y = depthwise(out.permute(0, 3, 1, 2), block.dwconv.weight)
+        y = _pointwise(y.permute(0, 2, 3, 1).reshape(-1, channels), block, count)
+        out = out + y.view(count, height, width, channels)
+    return out
+
+
 def _initial(layer: nn.Sequential, pixels: Tensor, visible: Visible, patch: int) -> Tensor:
     """The 3×3 convolution, its norm and activation on visible patches: (V, patch, patch, C)."""
     conv, norm, act = layer
@@ -70,12 +92,16 @@ def _block(
 ) -> Tensor:
     """`Block` on the rows of the visible sites, (S, C)."""
     assert isinstance(block, Block)
-    conv = block.dwconv
-    assert conv.bias is not None
     dense = visible.to_grid(rows, side, sites)
+    y = depthwise(dense, block.dwconv.weight, visible, side)
+    return rows + _pointwise(y.permute(0, 2, 3, 1).flatten(0, 2)[sites], block, scopes)
+
+
+def _pointwise(y: Tensor, block: Block, scopes: int) -> Tensor:
+    """What follows the convolution in `Block`, on rows (S, C)."""
     # The bias is added to the rows: oneDNN's gradient of it costs as much as the weights'.
-    y = F.conv2d(dense, conv.weight, padding=3, groups=conv.groups)
-    y = y.permute(0, 2, 3, 1).flatten(0, 2)[sites] + conv.bias
+    assert block.dwconv.bias is not None
+    y = y + block.dwconv.bias
     y = block.act(block.pwconv1(block.norm(y)))
     y = grn_linear(
         y.view(scopes, -1, 1, y.shape[-1]),
@@ -85,8 +111,7 @@ def _block(
         block.pwconv2.bias,
         block.grn_eps,
     )
-    out: Tensor = rows + y.view_as(rows)
-    return out
+    return y.view(-1, y.shape[-1])
 
 
 def _two(layers: nn.Module) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from geofm.errors import BandError, ModelError
 from geofm.layouts import mmearth
 from geofm.models.mpmae import LAYER_NORM_EPS, MPMAE, Block
-from geofm.pretrain.masked_encoder import encode_visible
+from geofm.pretrain.masked_encoder import decode, encode_visible
 from geofm.pretrain.method import Exported, Method, draws_of, random_of
 from geofm.pretrain.pretext import (
     MODALITIES,
@@ -249,7 +249,7 @@ class MaskedAutoencoder(Method):
         token = self.mask_token.to(proj.dtype).flatten().expand(len(visible.removed), -1)
         grid = proj.new_empty(visible.count * visible.grid**2, proj.shape[1])
         grid = grid.index_copy(0, visible.patches, proj).index_copy(0, visible.removed, token)
-        decoded = self.decoder(visible.map_of(grid, 1)).permute(0, 2, 3, 1)
+        decoded = decode(self.decoder, visible.map_of(grid, 1))
         # Pixels are compared at removed patches only, so they are predicted only there.
         hidden = decoded.flatten(0, 2)[visible.removed]
         pooled = None
