@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ __all__ = ["Variable", "auxiliary_table"]
 # Units whose values tell when they were not meant.
 TENTHS_OF_DEGREE = "0.1 degC"
 PERMILLE = "0.001 m3/m3"
-# Temperatures that differ by more than a season: if all are below 60 in tenths of a degree, the
-# warmest month stays below 6 degC, where no tree grows.
+# Maximum of the warmest month and mean of the warmest quarter (WorldClim). In tenths of a degree
+# they are below 60 only where summer stays below 6 degC and no tree grows, in degrees Celsius
+# everywhere. The others tell nothing: an annual mean of 4.5 degC is 45 in tenths.
+_WARMEST = ("bio05", "bio10")
 _LARGEST_CELSIUS = 60.0
 
 
@@ -47,7 +49,13 @@ class Variable:
     about: str = ""
 
 
-def auxiliary_table(values: Any, variables: Sequence[Variable], check_units: bool = True) -> Tensor:
+def auxiliary_table(
+    values: Any,
+    variables: Sequence[Variable],
+    check_units: bool = True,
+    *,
+    sample: Callable[[int], str] = "sample {}".format,
+) -> Tensor:
     """Environmental variables as a table in a model's order, checked against their units.
 
     Args:
@@ -55,7 +63,9 @@ def auxiliary_table(values: Any, variables: Sequence[Variable], check_units: boo
             sequences of one length); or a list of dicts. None or NaN where a value is missing;
             a variable may be left out altogether.
         variables: What the model takes.
-        check_units: Refuse values that cannot be in their unit.
+        check_units: Refuse values that cannot be in their unit. Degrees Celsius in place of tenths
+            are recognised by the warmest month and quarter alone.
+        sample: What to call a row in messages, from its number.
 
     Returns:
         float32, (N, variables), NaN where missing.
@@ -81,8 +91,8 @@ def auxiliary_table(values: Any, variables: Sequence[Variable], check_units: boo
     if check_units:
         # The limits are on the CPU; the values may be on a GPU.
         here = table.detach().cpu()
-        _check_limits(here, variables)
-        _check_scales(here, variables)
+        _check_limits(here, variables, sample)
+        _check_scales(here, variables, sample)
     return table
 
 
@@ -118,7 +128,9 @@ def _check_names(given: Mapping[str, Any], names: Sequence[str]) -> None:
         )
 
 
-def _check_limits(table: Tensor, variables: Sequence[Variable]) -> None:
+def _check_limits(
+    table: Tensor, variables: Sequence[Variable], sample: Callable[[int], str]
+) -> None:
     low = torch.tensor([variable.minimum for variable in variables])
     high = torch.tensor([variable.maximum for variable in variables])
     # NaN compares as neither.
@@ -127,30 +139,36 @@ def _check_limits(table: Tensor, variables: Sequence[Variable]) -> None:
         row, column = wrong.nonzero()[0].tolist()
         variable = variables[column]
         raise AuxiliaryError(
-            f"{variable.name} of sample {row} is {float(table[row, column]):g}, but in "
+            f"{variable.name} of {sample(row)} is {float(table[row, column]):g}, but in "
             f"{variable.unit} it is from {variable.minimum:g} to {variable.maximum:g}; is it in "
             f"another unit, or a no-data value (then None)?"
         )
 
 
-def _check_scales(table: Tensor, variables: Sequence[Variable]) -> None:
+def _check_scales(
+    table: Tensor, variables: Sequence[Variable], sample: Callable[[int], str]
+) -> None:
     """Refuse degrees for tenths of a degree, and fractions for thousandths."""
-    degrees = [i for i, v in enumerate(variables) if v.unit == TENTHS_OF_DEGREE]
-    fractions = [i for i, v in enumerate(variables) if v.unit == PERMILLE]
-    for number, row in enumerate(table):
-        known = [i for i in degrees if math.isfinite(float(row[i]))]
-        broken = [i for i in known if float(row[i]) != round(float(row[i]))]
-        if broken and all(abs(float(row[i])) < _LARGEST_CELSIUS for i in known):
-            variable = variables[broken[0]]
-            raise AuxiliaryError(
-                f"{variable.name} of sample {number} is {float(row[broken[0]]):g}: that looks like "
-                f"degrees Celsius, but the model takes tenths of a degree (WorldClim 1 integers); "
-                f"multiply temperatures by 10"
-            )
-        small = [i for i in fractions if 0 < float(row[i]) <= 1]
-        if small:
-            variable = variables[small[0]]
-            raise AuxiliaryError(
-                f"{variable.name} of sample {number} is {float(row[small[0]]):g}: that looks like "
-                f"a fraction, but the model takes {variable.unit}; multiply soil moisture by 1000"
-            )
+    degrees = torch.tensor([v.unit == TENTHS_OF_DEGREE for v in variables])
+    warmest = degrees & torch.tensor([v.name in _WARMEST for v in variables])
+    known = degrees & torch.isfinite(table)
+    broken = known & (table != table.round())
+    small = (~known | (table.abs() < _LARGEST_CELSIUS)).all(dim=1, keepdim=True)
+    wrong = broken & small & (known & warmest).any(dim=1, keepdim=True)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        raise AuxiliaryError(
+            f"{variables[column].name} of {sample(row)} is {float(table[row, column]):g}: that "
+            f"looks like degrees Celsius, but the model takes tenths of a degree (WorldClim 1 "
+            f"integers); multiply temperatures by 10. If these are tenths, of a place "
+            f"without summer, round them"
+        )
+    fractions = torch.tensor([v.unit == PERMILLE for v in variables])
+    wrong = fractions & (table > 0) & (table <= 1)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        variable = variables[column]
+        raise AuxiliaryError(
+            f"{variable.name} of {sample(row)} is {float(table[row, column]):g}: that looks like a "
+            f"fraction, but the model takes {variable.unit}; multiply soil moisture by 1000"
+        )

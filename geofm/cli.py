@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--dates", type=int, default=4, help="of a place (ssl4eco)")
     sample.add_argument("--level", choices=("L1C", "L2A"), default="L2A", help="of the scene")
     sample.add_argument("--day", type=int, default=180, help="day of the year (scene)")
-    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--seed", type=_seed, default=0)
     sample.set_defaults(run=_sample)
 
     _add_embed(commands)
@@ -146,7 +146,7 @@ def _add_embed(commands: Any) -> None:
         "--kind", choices=("probabilities", "logits", "classes"), default="classes"
     )
     predict.add_argument("--classes", required=True, help="names in order, or their number")
-    predict.set_defaults(run=_predict, no_pretrained=False)
+    predict.set_defaults(run=_predict)
 
     for command in (embed, predict):
         _add_raster_options(command)
@@ -171,7 +171,9 @@ def _add_raster_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overlap", type=int, help="px that windows share")
     command.add_argument("--blend", choices=("smooth", "centre"), default="smooth")
     command.add_argument("--min-valid", type=float, default=0.5, help="share of pixels with data")
-    command.add_argument("--mask-classes", help="of the scene classification: 3,8,9,10")
+    command.add_argument(
+        "--mask-classes", type=_class_numbers, help="of the scene classification: 3,8,9,10"
+    )
     command.add_argument(
         "--resampling", choices=("nearest", "bilinear", "cubic"), default="bilinear"
     )
@@ -180,6 +182,15 @@ def _add_raster_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--batch-size", type=_positive, help="windows at a time")
     command.add_argument("--device", help="cpu, cuda, cuda:1 ...")
     command.add_argument("--no-resume", action="store_true", help="start over")
+
+
+def _class_numbers(text: str) -> list[int]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no list of class numbers, like 3,8,9,10 (shadow and clouds of the SCL)"
+        )
+    return [int(word) for word in words]
 
 
 def _window(text: str) -> int | str:
@@ -222,7 +233,7 @@ def _add_maps(commands: Any) -> None:
     segment = commands.add_parser("segment", help="group cells into classes by k-means")
     segment.add_argument("embeddings", type=Path, help="GeoTIFF, .parquet or .zarr of embeddings")
     segment.add_argument("--classes", type=_positive, default=8)
-    segment.add_argument("--seed", type=int, default=0)
+    segment.add_argument("--seed", type=_seed, default=0)
 
     picture = commands.add_parser("picture", help="an embedding or a map as PNG or HTML page")
     picture.add_argument("input", type=Path, help="GeoTIFF, .parquet or .zarr")
@@ -262,6 +273,12 @@ def _maps(options: argparse.Namespace) -> int:
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 0")
     return int(text)
 
 
@@ -442,7 +459,6 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _raster_options(options: argparse.Namespace) -> dict[str, Any]:
-    masked = options.mask_classes.split(",") if options.mask_classes else []
     chosen = {
         "bands": [name.strip() for name in options.bands.split(",")] if options.bands else None,
         "units": options.units,
@@ -458,7 +474,7 @@ def _raster_options(options: argparse.Namespace) -> dict[str, Any]:
         "blend": options.blend,
         "min_valid": options.min_valid,
         "resampling": options.resampling,
-        "mask_classes": [int(word) for word in masked],
+        "mask_classes": options.mask_classes,
         "dtype": options.dtype,
         "compress": options.compress,
         "batch_size": options.batch_size,
@@ -470,17 +486,20 @@ def _raster_options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(options: argparse.Namespace, **architecture: Any) -> Any:
-    """The model that a command's --model, --weights and --no-pretrained ask for."""
+    """The model that a command's --model, --weights and, if it has it, --no-pretrained ask for."""
     import torch
 
     from geofm.factory import create_model
 
-    if options.no_pretrained:
+    untrained = getattr(options, "no_pretrained", False)
+    if untrained:
         torch.manual_seed(0)
-    pretrained = False if options.no_pretrained else options.weights or True
+    pretrained = False if untrained else options.weights or True
     try:
         return create_model(options.model, pretrained=pretrained, **architecture)
     except DownloadError as error:
+        if "no_pretrained" not in options:
+            raise
         raise DownloadError(
             f"{error}. To try the command without weights: --no-pretrained"
         ) from error

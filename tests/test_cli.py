@@ -12,6 +12,7 @@ import pytest
 import rasterio
 
 from geofm.cli import main
+from geofm.errors import DownloadError, GeofmError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,6 +56,55 @@ def test_sample_refuses_a_number_that_cannot_be(
         main(["sample", "mmearth", str(tmp_path / "set"), "--n", count])
     assert "whole number of at least 1" in capsys.readouterr().err
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["embed", "s.tif", "-o", "e.tif", "--mask-classes", "cloud"], "class numbers, like 3,8"),
+        (["embed", "s.tif", "-o", "e.tif", "--mask-classes", "3,,8"], "class numbers, like 3,8"),
+        (["segment", "e.tif", "--seed", "-1"], "whole number of at least 0"),
+        (["sample", "scene", "s.tif", "--seed", "-1"], "whole number of at least 0"),
+    ],
+)
+def test_numbers_that_are_none_are_told_so(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_classes_to_mask_reach_the_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def embed(*_: object, **given: object) -> None:
+        asked.update(given)
+        raise GeofmError("far enough")
+
+    monkeypatch.setattr("geofm.raster.embed_raster", embed)
+    words = ["embed", "s.tif", "-o", str(tmp_path / "e.tif"), "--no-pretrained"]
+    assert main([*words, "--mask-classes", "3, 8,10"]) == 2
+    assert asked.pop("mask_classes") == [3, 8, 10]
+    assert main(words) == 2
+    assert "mask_classes" not in asked
+
+
+def test_predict_is_not_advised_to_take_an_option_it_does_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def offline(*_: object, **__: object) -> None:
+        raise DownloadError("there is no network")
+
+    monkeypatch.setattr("geofm.factory.create_model", offline)
+    words = ["predict", "s.tif", "-o", "c.tif", "--weights", "some-tag", "--classes", "8"]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "there is no network" in said
+    assert "--no-pretrained" not in said
+    assert main(["embed", "s.tif", "-o", "e.tif"]) == 2
+    assert "--no-pretrained" in capsys.readouterr().err
 
 
 def test_embed_is_the_same_every_time(tmp_path: Path) -> None:

@@ -197,6 +197,28 @@ def test_all_windows_are_as_large_as_the_model_asks() -> None:
     assert "224 x 224 px for chunks of 192 px" in out.attrs["GEOFM_WINDOWS"]
 
 
+@pytest.mark.parametrize(("height", "width", "chunks"), [(40, 56, (1, 2)), (40, 40, (1, 1))])
+def test_a_window_of_a_whole_side_is_computed_once(
+    height: int, width: int, chunks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array, model = pixels(2, height, width), Local()
+    sizes: list[torch.Size] = []
+    plain = Local.forward_intermediates
+
+    def counted(self: Any, x: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+        if x.device.type != "meta":
+            sizes.append(x.shape[-2:])
+        return plain(self, x, **options)
+
+    monkeypatch.setattr(Local, "forward_intermediates", counted)
+    # Windows of 44 px: more than a side of 40, which has more than one core of 36.
+    out = embed_xarray(model, array, units="dn", chunks=36, halo=4)
+    found = run(out)
+    assert out.data.numblocks[2:] == chunks
+    assert sizes == 2 * chunks[1] * [(40, min(44, width))]
+    np.testing.assert_allclose(found, whole(model, array), rtol=1e-5, atol=1e-2)
+
+
 def test_a_model_that_takes_one_size_refuses_others_before_anything_is_read() -> None:
     model = Fixed(20)
     assert embed_xarray(model, pixels(), units="dn", chunks=12, halo=4).shape == (2, 3, 10, 14)
@@ -589,6 +611,44 @@ def test_what_does_not_fit_is_refused_before_anything_is_read(
 ) -> None:
     with pytest.raises(error, match=says):
         embed_xarray(Local(), change(pixels()), units="dn", **({"chunks": 12} | options))
+
+
+class Factor(Identity):
+    """The input times a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(1)
+        self.factor = factor
+
+    def forward_intermediates(self, x: torch.Tensor, **_: Any) -> list[torch.Tensor]:
+        return [x * self.factor]
+
+
+@pytest.mark.parametrize(
+    ("factor", "dtype", "says"),
+    [
+        (100.0, "float16", "not finite; float16 ends at 65504, use dtype='float32'"),
+        (float("nan"), "float32", "output has values that are not finite$"),
+        (float("inf"), "float32", "output has values that are not finite$"),
+    ],
+)
+def test_values_that_cannot_be_kept_are_refused_when_computed(
+    factor: float, dtype: str, says: str
+) -> None:
+    array = pixels(1, 8, 8)
+    out = embed_xarray(Factor(factor), array, units="dn", chunks=4, halo=0, dtype=dtype)
+    with pytest.raises(geofm.RasterError, match=says):
+        run(out)
+    # Where there is no data anything may stand.
+    empty = embed_xarray(Factor(factor), array * 0 + NODATA, units="dn", chunks=4, dtype=dtype)
+    assert np.isnan(run(empty)).all()
+
+
+def test_float16_keeps_what_fits() -> None:
+    array = pixels(1, 8, 8)
+    out = run(embed_xarray(Factor(10.0), array, units="dn", chunks=4, dtype="float16"))
+    assert out.dtype == np.float16
+    np.testing.assert_array_equal(out, (array.values * 10.0).astype(np.float16))
 
 
 def test_pixels_in_other_units_are_refused_when_computed() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from geofm.embeddings import export_embeddings, fit_kmeans, read_embeddings, seg
 from geofm.embeddings.grids import Embeddings, Grid, WindowedEmbeddings
 from geofm.raster import Embedding, embed_raster, write_embedding
 
+pa = pytest.importorskip("pyarrow")
 gpd = pytest.importorskip("geopandas")
 pq = pytest.importorskip("pyarrow.parquet")
 pytest.importorskip("zarr")
@@ -47,7 +50,7 @@ def values_of(seed: int = 0) -> np.ndarray:
     return values
 
 
-def grid_of(values: np.ndarray, **changes: Any) -> Embedding:
+def grid_of(values: np.ndarray | None, **changes: Any) -> Embedding:
     place = (80.0, 0.0, 4e5, 0.0, -80.0, 5.4e6)
     options = {"transform": place, "crs": "EPSG:32632", "tags": TAGS} | changes
     return Embedding(values, stride=8, offset=0.0, **options)
@@ -158,9 +161,17 @@ def test_the_output_of_embed_raster_is_scaled_back_from_int8(tmp_path: Path) -> 
     samples.write_scene(tmp_path / "scene.tif", samples.landscape((112, 112), seed=1))
     whole = embed_raster(model, tmp_path / "scene.tif", tmp_path / "e.tif", level="L2A")
     embed_raster(model, tmp_path / "scene.tif", tmp_path / "q.tif", level="L2A", dtype="int8")
-    read = read_embeddings(tmp_path / "q.tif")
-    step = np.array([float(v) for v in read.grid.tags["GEOFM_SCALE"].split(",")])
+    with rasterio.open(tmp_path / "q.tif") as file:
+        step = np.array([float(v) for v in file.tags()["GEOFM_SCALE"].split(",")])
     path = export_embeddings(tmp_path / "q.tif", tmp_path / "q.parquet")
+    # What is scaled back no longer says how to scale it.
+    segment(path, tmp_path / "c.tif", classes=2)
+    with rasterio.open(tmp_path / "c.tif") as file:
+        tags = [read_embeddings(tmp_path / "q.tif").grid.tags, file.tags()]
+    memory = embed_raster(model, tmp_path / "scene.tif", level="L2A", dtype="int8")
+    for told in (*tags, read_embeddings(path).grid.tags, read_embeddings(memory).grid.tags):
+        assert "GEOFM_WEIGHTS" in told
+        assert not {"GEOFM_SCALE", "GEOFM_ZERO"} & set(told)
     _, vectors = gathered(read_embeddings(path))
     expected = whole.values.reshape(whole.shape[0], -1).T
     assert len(vectors) == len(expected)
@@ -217,6 +228,109 @@ def test_memory_stays_bounded_whatever_the_number_of_cells(tmp_path: Path, job: 
         tracemalloc.stop()
     # A sample of 17 MB and two copies of a block, or three of them.
     assert peak < 140e6
+    if job == "table":
+        # Arrow has memory of its own, which tracemalloc does not see.
+        assert pa.default_memory_pool().max_memory() < 140e6
+
+
+def test_a_map_of_classes_takes_one_byte_a_cell() -> None:
+    shape = (2, 3000, 4000)
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Any]:
+        def read(top: int, left: int, high: int, wide: int) -> np.ndarray:
+            angle = np.arange(top, top + high, dtype=np.float32)[:, None] / 3000
+            angle = np.broadcast_to(angle, (high, wide))
+            return np.stack([np.cos(angle), np.sin(angle)])
+
+        yield read
+
+    grid = Grid(shape, (10, 0, 4e5, 0, -10, 5.4e6), "EPSG:32632")
+    embeddings = WindowedEmbeddings(grid, "arc", opened, (50, 4000))
+    embeddings.window = (50, 4000)
+    tracemalloc.start()
+    try:
+        found = segment(embeddings, classes=2, starts=1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.sizes == tuple(int((found.classes == i).sum()) for i in (1, 2))
+    assert sum(found.sizes) == 12e6
+    # 12 MB of classes and some blocks, not eight times that.
+    assert peak < 60e6
+
+
+def written_with_mask(path: Path, values: np.ndarray, **options: Any) -> Path:
+    """A raster whose cell 0, 1 is no data by its mask alone, and whose values are scaled."""
+    bands, rows, columns = values.shape
+    profile = {"driver": "GTiff", "count": bands, "height": rows, "width": columns}
+    place = rasterio.Affine(10, 0, 4e5, 0, -10, 5.4e6)
+    with (
+        rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True),
+        rasterio.open(
+            path, "w", **profile, dtype=values.dtype, transform=place, crs="EPSG:32632"
+        ) as file,
+    ):
+        file.write(values)
+        mask = np.full((rows, columns), 255, np.uint8)
+        mask[0, 1] = 0
+        file.write_mask(mask)
+        file.scales, file.offsets = [0.5] * bands, [3.0] * bands
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["int16", "float32"])
+def test_masks_and_scales_of_a_raster_are_applied(tmp_path: Path, dtype: str) -> None:
+    values = np.arange(1, 25).reshape(2, 3, 4).astype(dtype)
+    read = read_embeddings(written_with_mask(tmp_path / "m.tif", values))
+    ids, vectors = gathered(read)
+    assert ids.tolist() == [0, *range(2, 12)]
+    np.testing.assert_array_equal(vectors, (values.reshape(2, -1).T * 0.5 + 3)[ids])
+    assert np.isnan(read.vector(0, 1)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_cells_that_are_not_finite_are_no_data_in_tables_and_arrays(
+    tmp_path: Path, dtype: str
+) -> None:
+    values = values_of()
+    values[1, 3, 5], values[2, 3, 6] = np.inf, -np.inf
+    for name in ("t.parquet", "t.zarr"):
+        path = export_embeddings(grid_of(values), tmp_path / name, dtype=dtype)
+        ids, _ = gathered(read_embeddings(path))
+        hole = HOLE[0] * COLUMNS + HOLE[1]
+        gone = {3 * COLUMNS + 5, 3 * COLUMNS + 6, hole}
+        assert set(range(ROWS * COLUMNS)) - set(ids.tolist()) == gone
+    found = xr.open_dataset(tmp_path / "t.zarr", engine="zarr", consolidated=False)
+    assert np.isnan(found.embedding[:, 3, 5:7]).all()
+
+
+@pytest.mark.parametrize(
+    ("crs", "left", "sign"), [("EPSG:32660", 660e3, 1), ("EPSG:32601", 320e3, -1)]
+)
+def test_a_grid_across_the_antimeridian_is_as_wide_as_it_is(
+    crs: str, left: float, sign: int
+) -> None:
+    grid = Grid((1, 10, 20), (1000, 0, left, 0, -1000, 6.6e6), crs)
+    west, _, east, _ = grid.extent()
+    assert west < 180 * sign < east
+    # 20 km at 59.5 degrees north.
+    assert east - west == pytest.approx(20 / 56.5, rel=0.05)
+
+
+def test_a_grid_of_the_whole_globe_keeps_both_its_edges() -> None:
+    for west in (-180, 0):
+        globe = Grid((1, 180, 360), (1, 0, west, 0, -1, 90), "EPSG:4326")
+        assert globe.extent() == (west, -90, west + 360, 90)
+    half = 20037508.342789244
+    web = Grid((1, 200, 200), (half / 100, 0, -half, 0, -half / 100, half), "EPSG:3857")
+    assert web.extent()[::2] == pytest.approx((-180, 180))
+
+
+def test_a_reference_system_that_is_nowhere_on_the_globe_is_told_so() -> None:
+    grid = Grid((1, 10, 20), (1, 0, 0, 0, -1, 0), 'LOCAL_CS["site",UNIT["metre",1]]')
+    with pytest.raises(geofm.RasterError, match="do not lead to each other"):
+        grid.extent()
 
 
 def test_what_is_no_embedding_is_refused(tmp_path: Path, raster: Path) -> None:
@@ -261,6 +375,28 @@ def test_an_export_that_cannot_be_is_refused_and_leaves_nothing(
     assert {p.name for p in tmp_path.iterdir()} == {"embedding.tif", "there.zarr"}
 
 
+def test_no_output_overwrites_what_it_is_made_from(raster: Path, tmp_path: Path) -> None:
+    before = raster.read_bytes()
+    (tmp_path / "link.tif").symlink_to(raster)
+    for source, output in [
+        (raster, raster),
+        (str(raster), tmp_path / "link.tif"),
+        (tmp_path / "link.tif", raster),
+        (read_embeddings(raster), raster),
+        (grid_of(None, path=raster, shape=(CHANNELS, ROWS, COLUMNS)), raster),
+    ]:
+        with pytest.raises(geofm.RasterError, match="would overwrite the input"):
+            segment(source, output, classes=2)
+        with pytest.raises(geofm.RasterError, match="would overwrite the input"):
+            similar(source, vector=np.ones(CHANNELS), output=output)
+    table = export_embeddings(raster, tmp_path / "t.parquet")
+    with pytest.raises(geofm.RasterError, match="would overwrite the input"):
+        export_embeddings(read_embeddings(table), table)
+    assert raster.read_bytes() == before
+    # Beside it there is room.
+    segment(raster, tmp_path / "classes.tif", classes=2)
+
+
 # --- places alike ---------------------------------------------------------------------------------
 
 
@@ -302,6 +438,18 @@ def test_the_best_do_not_depend_on_blocks_even_where_they_are_equal() -> None:
         assert found.places[0].lon is None
 
 
+@pytest.mark.parametrize("count", [1, 5, 900])
+def test_the_place_itself_is_first_even_where_others_equal_it(count: int) -> None:
+    # As of int8 over water; twice as long is the same direction.
+    values = np.ones((3, ROWS, COLUMNS), np.float32)
+    values[:, :4] = 2
+    found = similar(grid_of(values), centre(10, 12), count)
+    own = 10 * COLUMNS + 12
+    others = [i for i in range(ROWS * COLUMNS) if i != own]
+    assert [p.id for p in found.places] == [own, *others][:count]
+    assert [p.rank for p in found.places] == list(range(1, len(found.places) + 1))
+
+
 def test_places_outside_or_without_data_are_told_so(raster: Path, tmp_path: Path) -> None:
     with pytest.raises(geofm.RasterError, match=r"outside .* from 7\.\d+ to 7\.\d+ east"):
         similar(raster, (0.0, 0.0))
@@ -328,6 +476,74 @@ def test_a_cell_is_found_in_a_rotated_grid() -> None:
     assert found.cell == (9, 12)
     np.testing.assert_array_equal(found.query, values[:, 9, 12])
     np.testing.assert_allclose((found.places[0].lon, found.places[0].lat), (lon[0], lat[0]))
+
+
+# --- maps of one band -----------------------------------------------------------------------------
+
+LARGE_MAP = """
+import re
+from pathlib import Path
+import numpy as np
+from geofm.embeddings import Grid, rasters, write_band
+
+def peak():
+    # Of this process alone; getrusage also counts that from which it was started.
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+rasters.CACHE_BYTES = 16_000_000
+grid = Grid((1, 8192, 16384), (10, 0, 0, 0, -10, 0), None)
+write_band({small!r}, np.ones((600, 600), np.uint16), grid, nodata=0, name="a")
+values = np.ones(grid.shape[1:], np.uint16)
+before = peak()
+write_band({large!r}, values, grid, nodata=0, name="a")
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_a_map_is_written_without_a_second_copy_in_memory(tmp_path: Path) -> None:
+    paths = {name: str(tmp_path / f"{name}.tif") for name in ("small", "large")}
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE_MAP.format(**paths)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    # In kilobytes; the values are 268 MB.
+    assert int(done.stdout) < 100_000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["large.tif", "small.tif"]
+    with rasterio.open(paths["large"]) as file:
+        assert (file.read(1, window=((8000, 8192), (16000, 16384))) == 1).all()
+        assert len(file.overviews(1)) == 5
+
+
+def test_an_embedding_that_cannot_be_written_promises_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("geofm.raster.cog.check_complete", full)
+    with pytest.raises(geofm.RasterError, match=r"cannot write .*e\.tif: No space") as caught:
+        write_embedding(tmp_path / "e.tif", grid_of(values_of()))
+    assert "kept" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_map_that_is_not_complete_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "classes.tif"
+    path.write_text("before")
+
+    def cut_off(*_: Any) -> None:
+        raise OSError("it ends before its last tile")
+
+    monkeypatch.setattr("geofm.embeddings.rasters.check_complete", cut_off)
+    with pytest.raises(geofm.RasterError, match=r"cannot write .*last tile"):
+        segment(grid_of(values_of()), path, classes=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["classes.tif"]
+    assert path.read_text() == "before"
 
 
 # --- classes --------------------------------------------------------------------------------------
@@ -400,3 +616,5 @@ def test_more_classes_than_different_cells_are_refused() -> None:
         segment(grid_of(values[:, :1, :2]), classes=3)
     with pytest.raises(geofm.RasterError, match="2 to 254"):
         segment(grid_of(values), classes=1)
+    with pytest.raises(geofm.RasterError, match="seed must be 0 or more"):
+        segment(grid_of(values), classes=2, seed=-1)

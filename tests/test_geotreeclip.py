@@ -237,7 +237,12 @@ def test_variables_come_as_tensor_columns_or_rows_alike(tiny: GeoTreeCLIP) -> No
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"bio01": 25.3}, "looks like degrees Celsius.*multiply temperatures by 10"),
+        (
+            {"bio01": 9.1, "bio05": 25.3},
+            "bio01 of sample 0 is 9.1: .*degrees Celsius.*multiply temperatures by 10",
+        ),
+        ({"bio01": [91, None], "bio10": [170, 16.8]}, "bio10 of sample 1 is 16.8"),
+        ({"bio01": 9, "bio06": -2.5, "bio10": 16}, "bio06 of sample 0 is -2.5"),
         ({"soil_moisture_0_5cm": 0.31}, "looks like a fraction.*multiply soil moisture by 1000"),
         ({"latitude": 480}, "latitude of sample 0 is 480.*from -90 to 90"),
         ({"elevation": -9999}, "no-data value"),
@@ -256,6 +261,17 @@ def test_real_tenths_of_a_degree_are_not_refused(tiny: GeoTreeCLIP) -> None:
     # An average over an area is no integer, and a cold site has small numbers.
     auxiliary_table({"bio01": 25, "bio05": 181, "bio06": -132}, tiny.variables)
     auxiliary_table({"bio01": 25.3, "bio05": 181.2, "bio06": -132.4}, tiny.variables)
+    # An annual mean of 4.5 degC, interpolated, and one beside a warm month that is not known.
+    auxiliary_table({"bio01": 45.3}, tiny.variables)
+    auxiliary_table({"bio01": 45.3, "bio05": None, "bio11": -12.5}, tiny.variables)
+    # An ice cap, in whole tenths.
+    auxiliary_table({"bio01": -95, "bio05": 21}, tiny.variables)
+
+
+def test_rows_can_have_names_of_their_own(tiny: GeoTreeCLIP) -> None:
+    table = {"elevation": [300, -9999], "soil_moisture_0_5cm": [210, 250]}
+    with pytest.raises(geofm.AuxiliaryError, match="elevation of plot 1 is -9999"):
+        auxiliary_table(table, tiny.variables, sample=lambda number: f"plot {number}")
 
 
 @pytest.mark.parametrize(

@@ -745,6 +745,16 @@ def test_no_data_is_left_out_by_band() -> None:
     assert monthly_median(["2020-01-01"] * 3, pixels)[0].ravel().tolist() == [4.0, 0.0]
 
 
+@pytest.mark.parametrize("nodata", [1e20, np.float64(1e20), 0.1, -1.797e308])
+def test_no_data_is_recognised_in_the_pixels_own_precision(nodata: float) -> None:
+    with np.errstate(over="ignore"):
+        pixels = np.array([nodata, 7], np.float32).reshape(2, 1, 1, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = monthly_median(["2020-01-01"] * 2, pixels, nodata=nodata)
+    assert out[0].item() == 7.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -881,6 +891,29 @@ def test_an_offset_is_applied_if_given(tmp_path: Path) -> None:
     path = series(tmp_path / "a.h5", sen_2_products=products)
     assert read_series_h5(path, offset=-1000).images[6, 0, 0, 0] == 500
     assert read_series_h5(path, offset=0).images[6, 0, 0, 0] == 1500
+
+
+def test_an_offset_is_refused_where_it_fits_some_of_the_products_only(tmp_path: Path) -> None:
+    products = [
+        "S2A_MSIL2A_20210701T102031_N0301_R065_T32UNC_2021",
+        "S2A_MSIL2A_20220701T102031_N0400_R065_T32UNC_2022",
+        "S2A_MSIL2A_20230701T102031_N0509_R065_T32UNC_2023",
+    ]
+    path = series(tmp_path / "a.h5", sen_2_products=products)
+    with pytest.raises(PixelError, match=r"before 04\.00 and from after.*year=.*offset=0"):
+        read_series_h5(path, offset=-1000)
+    assert read_series_h5(path, offset=0).images[6, 0, 0, 0] == 1500
+    # Of one year all are of one kind.
+    assert read_series_h5(path, offset=-1000, year=2022).images[6, 0, 0, 0] == 500
+    assert read_series_h5(path, year=2021).images[6, 0, 0, 0] == 1500
+    with pytest.raises(PixelError, match="baseline N0509"):
+        read_series_h5(path, year=2023)
+
+
+def test_products_that_do_not_tell_their_baseline_take_any_offset(tmp_path: Path) -> None:
+    names = [f"S2A_MSIL2A_20220701T102031_{n}_R065_T32UNC_2022" for n in ("N9999", "N0400")]
+    path = series(tmp_path / "a.h5", sen_2_products=[*names, names[1]])
+    assert read_series_h5(path, offset=-1000).images[6, 0, 0, 0] == 500
 
 
 def test_unreadable_hdf5_and_absent_h5py_are_told(

@@ -464,6 +464,21 @@ def test_a_damaged_tile_is_an_error_that_names_it(path: Path) -> None:
         list(DataLoader(dataset, batch_size=8, num_workers=1))
 
 
+def test_a_file_that_could_not_be_opened_once_can_be_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = MMEarth(path, split=None)
+
+    def too_many(*_: object) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.open", too_many)
+        with pytest.raises(OSError, match="Too many"):
+            dataset[0]
+    assert dataset[0]["id"] == dataset.ids[0].decode()
+
+
 def test_zlib_inflates_to_the_same_where_isal_is_not_installed(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,23 @@ def test_the_gradient_of_a_silent_channel_is_finite() -> None:
     assert hidden.grad.isfinite().all()
 
 
+def test_the_gradient_of_a_nearly_silent_channel_stays_within_float16() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 28, 28, 6)
+    hidden[..., 3] = 1e-5
+    gamma, ones = torch.ones(6), torch.ones(6)
+    weight = torch.randn(3, 6)
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        x = hidden.to(dtype).requires_grad_()
+        out = grn_linear(x, gamma, ones, weight.to(dtype), torch.ones(3).to(dtype), 1e-6)
+        grads.append(torch.autograd.grad(out, x, torch.full_like(out, 100.0))[0].float())
+    assert grads[1].isfinite().all()
+    torch.testing.assert_close(
+        grads[1], grads[0], rtol=0.05, atol=0.05 * float(grads[0].abs().max())
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_in_half_precision_are_near_the_full_ones(dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -143,6 +143,68 @@ def test_classes_of_a_scene_classification_are_taken_for_cloud() -> None:
     )
 
 
+def numbers(highest: int, lowest: int = 0) -> xr.DataArray:
+    """A mask of integers of all values from the lowest to the highest."""
+    mask = cloud(series())
+    values = np.random.default_rng(5).integers(lowest, highest + 1, mask.shape)
+    values[:, 0, 0], values[:, -1, -1] = lowest, highest
+    return mask.copy(data=values)
+
+
+@pytest.mark.parametrize(
+    ("highest", "says"),
+    [
+        (100, "from 0 to 100, but the classes of SCL are 0 to 11.*mask > 20"),
+        (12, "from 0 to 12"),
+        (1, r"mask == 1, or mask.astype\(bool\)"),
+    ],
+)
+@pytest.mark.parametrize("pixels_are_lazy", [False, True])
+def test_masks_that_cannot_be_classes_of_scl_are_refused(
+    highest: int, says: str, pixels_are_lazy: bool
+) -> None:
+    array, mask = series(), numbers(highest)
+    source = array.chunk(time=1) if pixels_are_lazy else array
+    with pytest.raises(PixelError, match=says):
+        monthly_composite(source, mask)
+    out = monthly_composite(source, mask.chunk(time=1))
+    with pytest.raises(PixelError, match=says):
+        out.compute(scheduler="synchronous")
+    # Named classes are taken as they are said to be.
+    named = monthly_composite(source, mask.chunk(time=1), classes=[1])
+    np.testing.assert_array_equal(named.values, monthly_composite(array, mask == 1).values)
+
+
+def test_masks_below_the_classes_of_scl_are_refused() -> None:
+    with pytest.raises(PixelError, match="from -1 to 9"):
+        monthly_composite(series(), numbers(9, lowest=-1))
+
+
+def test_a_mask_of_zeros_alone_is_refused_unless_it_is_lazy() -> None:
+    array = series()
+    mask = cloud(array).astype(np.uint8) * 0
+    with pytest.raises(PixelError, match="no value above 1"):
+        monthly_composite(array, mask)
+    # Beyond the edge of a Sentinel-2 swath there is no data, and a task sees no more than its part.
+    scl = numbers(11)
+    scl[:, :3] = 0
+    for part in (scl, scl.chunk(y=3)):
+        out = monthly_composite(array, part)
+        assert np.isnan(out.values[:, :, :3]).all()
+        assert np.isfinite(out.values[0, :, 3:]).any()
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("fill", [1e20, np.float64(1e20)])
+def test_no_data_is_recognised_in_the_pixels_own_precision(lazy: bool, fill: float) -> None:
+    array = series().astype(np.float32)
+    array.values[0, 0, 0, 0] = fill
+    wanted = float(array.values[1:3, 0, 0, 0].mean())
+    for given, options in ((array, {"nodata": fill}), (array.assign_attrs(_FillValue=fill), {})):
+        out = monthly_composite(given.chunk(time=1) if lazy else given, **options)
+        assert out.values[0, 0, 0, 0] == np.float32(wanted)
+
+
 @pytest.mark.parametrize("lazy", [False, True])
 def test_no_data_is_not_used_and_values_are_not_shifted(lazy: bool) -> None:
     array = series(_FillValue=65535)
@@ -188,6 +250,7 @@ def test_real_series_is_composited_as_monthly_median_does() -> None:
         (lambda a, m: (a, m[:, :3]), "the mask must be a DataArray .*'y': 3"),
         (lambda a, m: (a, m.assign_coords(x=m.x + 5)), "the mask's x differs"),
         (lambda a, m: (a, m.astype(float)), "True for cloud, .* got float64"),
+        (lambda a, m: (a, m.astype(float)), r"scl.fillna\(0\).astype\('uint8'\)"),
     ],
 )
 def test_what_does_not_fit_is_told(change: Any, says: str) -> None:

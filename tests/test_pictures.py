@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tracemalloc
 from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,8 +24,10 @@ from geofm.embeddings import segment, similar
 from geofm.embeddings.colours import CATEGORIES, OTHER
 from geofm.embeddings.grids import Grid
 from geofm.maps.commands import run_picture, run_segment, run_similar
+from geofm.maps.layers import stretched
 from geofm.maps.place import extent_text, scale_bar
-from geofm.raster import Embedding, write_embedding
+from geofm.raster import Embedding, RasterImage, write_embedding
+from geofm.raster.sources import ImageSource
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=https://example.org/x onerror=alert(2)>"
 
@@ -122,6 +125,110 @@ def test_colours_of_classes_differ_for_all_kinds_of_colour_vision() -> None:
         assert apart.min() > 0.09
 
 
+def test_what_embed_raster_returned_is_drawn_too(folder: Path, tmp_path: Path) -> None:
+    file = maps.open_layer(folder / "e.tif")
+    with rasterio.open(folder / "e.tif") as opened:
+        values, place = opened.read(), tuple(opened.transform)[:6]
+        crs = opened.crs.to_wkt()
+    memory = Embedding(values, place, crs, 8, 0.0, {})
+    kept = Embedding(None, place, crs, 8, 0.0, {}, folder / "e.tif", values.shape)
+    for given in (memory, kept, geofm.embeddings.read_embeddings(folder / "e.tif")):
+        np.testing.assert_array_equal(maps.open_layer(given).pixels, file.pixels)
+    segment(memory, tmp_path / "c.tif", classes=3)
+    classes = Embedding(None, place, crs, 8, 0.0, {}, tmp_path / "c.tif", (1, 12, 16))
+    assert [e.label for e in maps.open_layer(classes).entries] == [f"class {i}" for i in (1, 2, 3)]
+    with pytest.raises(geofm.RasterError, match="class_layer or ramp_layer"):
+        maps.open_layer(Embedding(values[:1], place, crs, 8, 0.0, {}))
+
+
+def written_band(path: Path, values: np.ndarray, **changes: Any) -> Path:
+    """A raster of one band."""
+    profile = {"driver": "GTiff", "count": 1, "dtype": values.dtype, "tiled": True}
+    profile |= {"height": values.shape[0], "width": values.shape[1], "compress": "deflate"}
+    with rasterio.open(
+        path, "w", **profile, crs="EPSG:32632", transform=rasterio.Affine(10, 0, 4e5, 0, -10, 5e6)
+    ) as file:
+        file.write(values, 1)
+        for name, value in changes.items():
+            setattr(file, name, value)
+    return path
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "float32", "int16"])
+def test_masks_and_scales_of_a_band_are_applied(tmp_path: Path, dtype: str) -> None:
+    values = np.arange(12).reshape(3, 4).astype(dtype)
+    scaled = {} if dtype == "uint8" else {"scales": [0.5], "offsets": [3.0]}
+    written_band(tmp_path / "m.tif", values, **scaled)
+    mask = np.full((3, 4), 255, np.uint8)
+    mask[1, 2] = 0
+    with rasterio.open(tmp_path / "m.tif", "r+") as file:
+        file.write_mask(mask)
+    layer = maps.open_layer(tmp_path / "m.tif")
+    np.testing.assert_array_equal(layer.pixels[..., 3], mask)
+    if scaled:
+        assert layer.ramp is not None
+        assert layer.ramp.low == pytest.approx(np.percentile(values[mask > 0], 2) * 0.5 + 3)
+        assert layer.ramp.high == pytest.approx(np.percentile(values[mask > 0], 98) * 0.5 + 3)
+    else:
+        assert "class 6" not in [e.label for e in layer.entries]
+        assert [e.share for e in layer.entries] == [1 / 11] * 11
+
+
+def test_bands_larger_than_memory_are_read_in_strips(tmp_path: Path) -> None:
+    values = np.full((6000, 6001), 1, np.uint8)
+    # Of every sixth row and column, this class is in none.
+    values[1000:1003, 1:4] = 2
+    values[2004, 2004] = 3
+    written_band(tmp_path / "c.tif", values)
+    tracemalloc.start()
+    try:
+        layer = maps.open_layer(tmp_path / "c.tif")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # Strips of 3 MB and a picture of 4 MB, some times over; not three times 36 MB of classes.
+    assert peak < 50e6
+    assert layer.pixels.shape == (1000, 1001, 4)
+    assert layer.grid.shape == (1, 1000, 1001)
+    assert layer.ground.shape == (1, 6000, 6001)
+    expected = maps.class_layer(values, layer.ground, title="c", nodata=None)
+    np.testing.assert_array_equal(layer.pixels, expected.pixels)
+    assert [e.share for e in layer.entries] == [
+        pytest.approx(count / values.size) for count in (values.size - 10, 9, 1)
+    ]
+
+
+def test_of_every_nth_row_beyond_a_strip_only_that_row_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = np.arange(1300 * 3).reshape(1, 1300, 3) % 255
+    image = RasterImage(np.ma.masked_array(values), ("B4",), (10, 0, 0, 0, -10, 0), None)
+    heights = []
+
+    def read(self: Any, bands: Any, top: int, left: int, high: int, wide: int) -> Any:
+        heights.append(high)
+        return image.pixels[:, top : top + high, left : left + wide]
+
+    monkeypatch.setattr(ImageSource, "read", read)
+    layer = maps.true_colour_layer(image, side=2)
+    assert heights == [1, 1]
+    assert layer.pixels.shape == (2, 1, 4)
+    expected = stretched(np.repeat(values[:, ::650, ::650].astype(np.float32), 3, axis=0))
+    np.testing.assert_array_equal(layer.pixels, expected)
+    heights.clear()
+    assert maps.true_colour_layer(image, side=100).pixels.shape == (100, 1, 4)
+    assert max(heights) > 400
+
+
+@pytest.mark.parametrize("text", ["5", '{"forest": 1}', "forest", "null"])
+def test_names_of_classes_that_are_no_list_are_told_so(tmp_path: Path, text: str) -> None:
+    path = written_band(tmp_path / "c.tif", np.ones((3, 4), np.uint8))
+    with rasterio.open(path, "r+") as file:
+        file.update_tags(GEOFM_CLASSES=text)
+    with pytest.raises(geofm.RasterError, match="JSON list of names"):
+        maps.open_layer(path)
+
+
 def test_a_map_of_coarse_cells_lies_where_the_image_has_them(folder: Path) -> None:
     base = maps.true_colour_layer(folder / "scene.tif")
     layer = maps.components_layer(folder / "e.tif")
@@ -150,25 +257,78 @@ def test_class_maps_are_drawn_in_their_files_colours_and_names(
 
 
 @pytest.mark.parametrize(
-    ("crs", "cell", "expected"),
-    [("EPSG:32632", 10.0, "500 m"), ("EPSG:4326", 0.001, "10 km"), (None, 1.0, None)],
+    ("crs", "place", "wide"),
+    [
+        # At 60° north, in metres of the zone.
+        ("EPSG:32632", (10.0, 5e5, 6651832.0), 2000),
+        # There a degree of longitude is half as long, and so are the metres of Web Mercator.
+        ("EPSG:4326", (0.001, 10.0, 60.05), 0.2 * 111195 / 2),
+        ("EPSG:3857", (10.0, 1e6, 8400238.0), 1000),
+        # US feet.
+        ("EPSG:2263", (10.0, 9.8e5, 2e5), 2000 * 0.3048),
+        # Twice around the middle of the globe is no way between two ends.
+        ("EPSG:4326", (1.8, -180.0, 90.0), 40_030_000),
+    ],
 )
 def test_the_scale_is_a_round_length_on_the_ground(
-    crs: str | None, cell: float, expected: str | None
+    crs: str, place: tuple[float, float, float], wide: float
 ) -> None:
-    grid = Grid((1, 100, 200), (cell, 0, 10, 0, -cell, 60.05), crs)
-    found = scale_bar(grid)
-    if expected is None:
-        assert found is None
-        assert extent_text(grid) == "No coordinate reference system."
-        return
+    cell, left, top = place
+    found = scale_bar(Grid((1, 100, 200), (cell, 0, left, 0, -cell, top), crs))
     assert found is not None
     share, text = found
-    # At 60° north a degree of longitude is half as long: 200 cells are 11.1 km.
-    wide = 2000 if crs == "EPSG:32632" else 0.2 * 111195 / 2
     metres = float(text.split()[0]) * (1000 if "km" in text else 1)
-    assert share == pytest.approx(metres / wide, rel=1e-3)
+    # Of a sphere.
+    assert share == pytest.approx(metres / wide, rel=5e-3)
     assert 0.12 <= share <= 0.3
+
+
+def test_there_is_no_scale_where_metres_are_not_known(tmp_path: Path) -> None:
+    for crs, says in [
+        (None, "No coordinate reference system."),
+        ('LOCAL_CS["site",UNIT["span",0.2]]', "without longitude and latitude"),
+    ]:
+        grid = Grid((1, 10, 20), (1, 0, 10, 0, -1, 60.0), crs)
+        assert scale_bar(grid) is None
+        assert says in extent_text(grid)
+        layer = maps.class_layer(np.ones((10, 20), int), grid, title="c")
+        maps.write_png(tmp_path / "p.png", layer, layer)
+        maps.write_page(tmp_path / "p.html", layer, layer)
+        assert says in (tmp_path / "p.html").read_text()
+
+
+def test_the_extent_is_that_of_all_cells_of_a_thinned_grid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every third of 90 x 70: the last pixels reach two columns further.
+    grid = Grid((1, 90, 70), (1000, 0, 4e5, 0, -1000, 5.4e6), "EPSG:32632")
+    values = np.arange(6300).reshape(90, 70)
+    image = RasterImage(
+        np.ma.masked_array(np.stack([values] * 3)), ("B4", "B3", "B2"), grid.transform, grid.crs
+    )
+    base = maps.true_colour_layer(image, side=40)
+    asked = []
+    monkeypatch.setitem(maps.write_png.__globals__, "extent_text", lambda g: asked.append(g) or "")
+    for layer in (
+        maps.ramp_layer(values, grid, title="v", side=40),
+        maps.class_layer(values > 9, grid, title="v", nodata=None, side=40),
+        maps.components_layer(
+            Embedding(np.stack([values, values**2]), grid.transform, grid.crs, 1, 0.0, {}), side=40
+        ),
+    ):
+        assert layer.grid.shape[1:] == (30, 24)
+        maps.write_png(tmp_path / "p.png", layer)
+        maps.write_png(tmp_path / "p.png", layer, base)
+        maps.write_page(tmp_path / "p.html", layer, base)
+        assert extent_text(grid) in (tmp_path / "p.html").read_text()
+    assert {(g.transform, g.shape[1:]) for g in asked} == {(grid.transform, (90, 70))}
+
+
+def test_longitudes_of_an_extent_are_of_one_turn() -> None:
+    text = extent_text(Grid((1, 10, 20), (1000, 0, 660e3, 0, -1000, 6.6e6), "EPSG:32660"))
+    assert re.search(r"179\.\d+° E to 179\.\d+° W", text)
+    globe = Grid((1, 180, 360), (1, 0, -180, 0, -1, 90), "EPSG:4326")
+    assert "180.000° W to 180.000° E" in extent_text(globe)
 
 
 # --- PNG ------------------------------------------------------------------------------------------
@@ -181,12 +341,62 @@ def test_pngs_are_the_same_each_time_and_hold_the_map(folder: Path, tmp_path: Pa
     image = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
     # Two panels of 5 inches and margins, at 150 dots an inch.
     assert image.shape[1] == pytest.approx(1590, abs=2)
-    colours = {tuple(c) for c in image.reshape(-1, 3)[::7].tolist()}
-    layer = maps.open_layer(folder / "e.tif")
+    at = [float(v) for v in place(folder).split(",")]
+    found = similar(folder / "e.tif", at, with_map=True)
+    np.testing.assert_array_equal(
+        cells_of(image, 5.4), shown(maps.ramp_layer(found.map, found.grid, title="s"))
+    )
     run_picture(options(folder, tmp_path / "c.png", image=None, attribution="$x_1$ & <b>"))
-    assert Image.open(tmp_path / "c.png").width < 900
-    assert len(colours) > 50
-    assert layer.ramp is None
+    image = np.asarray(Image.open(tmp_path / "c.png").convert("RGB"))
+    assert image.shape[1] < 900
+    np.testing.assert_array_equal(cells_of(image, 0.2), shown(maps.open_layer(folder / "e.tif")))
+
+
+def cells_of(image: np.ndarray, left: float) -> np.ndarray:
+    """Colours at the centres of the 12 x 16 cells of a panel that begins some inches right."""
+    # Below a margin of 0.2 inches and a title of 0.25; 5 inches wide.
+    row = 150 * (0.45 + 5 / 16 * (np.arange(12) + 0.5))
+    column = 150 * (left + 5 / 16 * (np.arange(16) + 0.5))
+    return image[row.astype(int)][:, column.astype(int)]
+
+
+def shown(layer: maps.Layer) -> np.ndarray:
+    """Colours of a layer, grey where there is no data."""
+    return np.where(layer.pixels[..., 3:] == 0, 0xDD, layer.pixels[..., :3])
+
+
+def test_a_picture_that_cannot_be_written_is_told_so(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.png").mkdir()
+    with pytest.raises(geofm.RasterError, match=r"cannot write .*p\.png"):
+        maps.write_png(tmp_path / "p.png", maps.open_layer(folder / "e.tif"))
+    assert [p.name for p in tmp_path.iterdir()] == ["p.png"]
+
+
+def test_no_picture_overwrites_what_it_shows(folder: Path, tmp_path: Path) -> None:
+    grey, colour = tmp_path / "grey.png", tmp_path / "colour.png"
+    draws = np.random.default_rng(0)
+    Image.fromarray(draws.integers(1, 9, (12, 16), np.uint8)).save(grey)
+    Image.fromarray(draws.integers(1, 9, (12, 16, 3), np.uint8)).save(colour)
+    before = {path: path.read_bytes() for path in (grey, colour, folder / "e.tif")}
+    given = {"image": colour, "bands": "B4,B3,B2"}
+    for run, output, changes in [
+        (run_picture, grey, {"input": grey, "image": None}),
+        (run_picture, colour, {"input": grey, **given}),
+        (run_similar, colour, given),
+        (run_segment, colour, given),
+        (run_similar, folder / "e.tif", {"image": None}),
+        (run_segment, folder / "e.tif", {"image": None}),
+    ]:
+        with pytest.raises(geofm.RasterError, match="would overwrite the input"):
+            run(options(folder, output, **changes))
+    layer, base = maps.open_layer(grey), maps.true_colour_layer(colour, ["B4", "B3", "B2"])
+    for path in (grey, colour):
+        with pytest.raises(geofm.RasterError, match="would overwrite the input"):
+            maps.write_picture(path, layer, base)
+    components = maps.open_layer(colour)
+    with pytest.raises(geofm.RasterError, match="would overwrite the input"):
+        maps.write_picture(colour, components)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize("shape", [(400, 20), (20, 400), (1, 1)])
@@ -255,6 +465,26 @@ def test_a_page_without_an_image_to_compare_with_is_refused_before_any_work(
     with pytest.raises(geofm.RasterError, match="longitude,latitude"):
         run_similar(options(folder, tmp_path / "p.html", at="9.8"))
     assert not any(tmp_path.iterdir())
+
+
+def test_options_of_pictures_without_a_picture_are_errors(folder: Path, tmp_path: Path) -> None:
+    for output in (tmp_path / "x.tif", None):
+        for name in ("image", "bands", "sensor", "attribution"):
+            given = {"image": None, name: "scene.tif"}
+            for run in (run_similar, run_segment):
+                with pytest.raises(geofm.RasterError, match=f"--{name}: only for pictures"):
+                    run(options(folder, output, **given))
+    for run in (run_similar, run_segment, run_picture):
+        with pytest.raises(geofm.RasterError, match="--bands, --sensor: of the image"):
+            run(options(folder, tmp_path / "x.png", image=None, bands="B4", sensor="sentinel2"))
+    assert not any(tmp_path.iterdir())
+
+
+def test_names_of_bands_may_have_spaces_between_them(folder: Path, tmp_path: Path) -> None:
+    with rasterio.open(folder / "scene.tif") as file:
+        names = ", ".join(file.descriptions)
+    run_picture(options(folder, tmp_path / "p.html", bands=names))
+    assert "true colour" in (tmp_path / "p.html").read_text()
 
 
 def browse(page: Path, place: str, *words: str, size: str = "1000,1000") -> bytes:

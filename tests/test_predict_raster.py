@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def test_the_map_of_classes_is_of_the_blended_probabilities(tmp_path: Path) -> N
         classes = file.read(1)
         assert file.dtypes == ("uint8",)
         assert file.nodata == 255
-        assert file.tags()["GEOFM_CLASSES"] == "class_0,class_1,class_2"
+        assert json.loads(file.tags()["GEOFM_CLASSES"]) == ["class_0", "class_1", "class_2"]
     assert (classes[~valid] == 255).all()
     np.testing.assert_array_equal(classes[valid], shares.argmax(axis=0)[valid])
     assert len(np.unique(classes[valid])) > 1
@@ -85,8 +86,39 @@ def test_a_classifier_labels_windows_and_one_without_pooling_labels_cells() -> N
 
 def test_the_models_mode_is_left_as_it_was() -> None:
     model = head("mpmae_atto").train()
+    model.stages.eval()  # as one that is frozen while the rest is trained
+    before = [module.training for module in model.modules()]
     predict_raster(model, noise(64, 64), level="L2A")
+    assert [module.training for module in model.modules()] == before
     assert model.training
+
+
+def test_an_image_beyond_memory_is_refused_before_the_model_sees_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = head("mpmae_atto")
+    monkeypatch.setattr("geofm.raster.embed._MAX_WINDOW_BYTES", 1e8)
+    largest = 0
+    forward = model.forward
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, x.shape[-1])
+        return forward(x)
+
+    monkeypatch.setattr(model, "forward", watched)
+    with pytest.raises(geofm.RasterError, match="in one pass"):
+        predict_raster(model, noise(64, 4000), level="L2A", window="image")
+    assert largest <= 64
+
+
+def test_scores_that_are_no_numbers_are_no_class() -> None:
+    model = head("mpmae_atto")
+    with torch.no_grad():
+        model.head.weight[0, 0] = torch.nan
+    for kind in ("classes", "probabilities"):
+        with pytest.raises(geofm.RasterError, match="not finite"):
+            predict_raster(model, noise(64, 64), level="L2A", kind=kind)
 
 
 @pytest.mark.parametrize(

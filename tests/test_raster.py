@@ -17,7 +17,10 @@ from test_windows import noise, small_mpmae
 
 import geofm
 from geofm.datasets import samples
-from geofm.raster import RasterImage, embed_raster, principal_components, read_image
+from geofm.raster import Embedding, RasterImage, embed_raster, principal_components, read_image
+from geofm.raster.picture import save_quicklook
+from geofm.raster.sources import FileSource, SceneSource, _is_product, _size_and_time
+from geofm.scenes import Scene, SceneBand
 
 L2A = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B11 B12".split()
 L1C = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12".split()
@@ -247,6 +250,72 @@ def test_inputs_and_outputs_are_kept_apart(
         with pytest.raises(geofm.GeofmError, match=words):
             embed_raster(model, scene, output, level="L2A", picture=picture)
     assert scene.read_bytes() == before
+
+
+def test_no_file_of_a_scene_is_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "scene"
+    folder.mkdir()
+    model = small_mpmae(0.0, stem_padding="aligned")
+    for name in ("B02", "B03"):
+        with rasterio.open(
+            folder / f"{name}.tif",
+            "w",
+            driver="GTiff",
+            width=64,
+            height=64,
+            count=1,
+            dtype="uint16",
+            **PLACE,
+        ) as file:
+            file.write(np.full((1, 64, 64), 900, np.uint16))
+    scene = geofm.open_scene(folder, units="dn", level="L2A", offset=0)
+    for source in (scene, folder / "*.tif"):
+        with pytest.raises(geofm.RasterError, match="is a file of the scene"):
+            embed_raster(model, source, folder / "B02.tif")
+
+
+def test_the_query_of_an_address_is_kept_to_itself() -> None:
+    address = "https://example.org/a/scene.tif?token=" + "secret" * 100
+    assert not _is_product(address)
+    assert _is_product("https://example.org/item.json?token=secret")
+    assert _size_and_time(address) is None
+    found = []
+    for path in (address, address.replace("secret", "other")):
+        affine = rasterio.Affine(10, 0, 4e5, 0, -10, 5e6)
+        bands = {"B2": SceneBand("B2", path)}
+        crs = rasterio.CRS.from_epsg(32631)
+        scene = Scene(bands, "dn", "L2A", 0.0, None, crs, affine, 64, 64, source=path)
+        source = SceneSource(scene, None, "bilinear", ())
+        assert source.name == "scene.tif"
+        assert source.files == ()
+        found.append(source.identity())
+    assert found[0] == found[1]
+
+
+def test_a_picture_reads_three_bands_and_a_strip_at_a_time(
+    model: torch.nn.Module, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.tif"
+    embedding = embed_raster(model, scene, out, level="L2A")
+    whole = embedding.reduced(12).values
+    assert whole.shape == (320, 12, 10)
+    monkeypatch.setattr("geofm.raster.grids._STRIP_BYTES", 4 * 320 * 10 * 5)
+    strips = [*embedding.strips(12)]
+    assert [strip.shape[1] for strip in strips] == [5, 5, 2]
+    in_memory = Embedding(embedding.values, embedding.transform, embedding.crs, 8, 0.0, {})
+    np.testing.assert_array_equal(
+        np.concatenate([*in_memory.strips(12)], axis=1), in_memory.reduced(12).values
+    )
+    source = FileSource(scene, None)
+    asked = []
+    read = source.read
+    monkeypatch.setattr(
+        source, "read", lambda bands, *place: (asked.append(list(bands)), read(bands, *place))[1]
+    )
+    save_quicklook(tmp_path / "a.png", source, embedding, "sentinel2")
+    source.close()
+    assert asked
+    assert all(sorted(bands) == ["B2", "B3", "B4"] for bands in asked)
 
 
 def test_masks_of_the_file_count_as_no_data(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import random
 import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,52 @@ def test_a_run_that_is_killed_continues_to_the_same_file(
     assert rows[0] == len(journal), "finished blocks are not computed again"
     assert out.read_bytes() == (tmp_path / "once.tif").read_bytes()
     assert not (tmp_path / "killed.tif.partial").exists()
+
+
+WHOLE_TILE = """
+import sys
+sys.path.insert(0, {benchmarks!r})
+import raster_speed
+from geofm.raster import embed_raster
+print("begins", flush=True)
+embed_raster(raster_speed.build("pointwise"), {tile!r}, {out!r}, level="L2A", progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_a_whole_sentinel2_tile_killed_twice_at_random_times_is_the_same_file(
+    tmp_path: Path,
+) -> None:
+    # 10,980 x 10,980 x 12; all but the encoder at full size. Needs 15 GB of disk and 7 minutes.
+    benchmarks = str(Path(__file__).resolve().parents[1] / "benchmarks")
+    tile = tmp_path / "tile.tif"
+    write = [sys.executable, f"{benchmarks}/raster_speed.py", "--write", str(tile)]
+    subprocess.run([*write, "--sizes", "10980"], check=True)
+
+    def start(out: Path) -> subprocess.Popen[str]:
+        code = WHOLE_TILE.format(benchmarks=benchmarks, tile=str(tile), out=str(out))
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begins\n"
+        return process
+
+    once, out = tmp_path / "once.tif", tmp_path / "killed.tif"
+    begin = time.monotonic()
+    assert start(once).wait() == 0
+    duration = time.monotonic() - begin
+    for _ in range(2):
+        process = start(out)
+        time.sleep(random.uniform(0.05, 0.45) * duration)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        assert not out.exists()
+    assert start(out).wait() == 0
+    digests = []
+    for path in (once, out):
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    assert digests[0] == digests[1]
 
 
 def test_a_run_may_stop_after_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +191,17 @@ def test_the_beginning_of_another_run_is_not_continued(
     fresh = embed_raster(model, noise(300, 80), **same).values
     with rasterio.open(out) as file:
         np.testing.assert_array_equal(file.read(), fresh)
+
+
+def test_a_run_with_other_names_of_bands_is_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.tif"
+    model = interrupted(out, monkeypatch)
+    image = noise(300, 80)
+    named = list(image.bands)
+    with pytest.raises(geofm.RasterError, match=r"another run.*bands"):
+        embed_raster(model, image, out, named[::-1], window=64, overlap=16)
 
 
 def test_two_runs_do_not_write_the_same_output(

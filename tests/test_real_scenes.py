@@ -43,6 +43,21 @@ def test_both_levels_of_a_place_and_day_are_closer_than_another_place(
         assert here < np.linalg.norm(level - embeddings["elsewhere"])
 
 
+def test_cells_of_two_dates_resemble_their_own_place_more_than_others() -> None:
+    paths = sorted(data("s2_scenes").glob("eotdl_Boadella_*.tif"))
+    assert len(paths) == 2
+    model = geofm.create_model("mpmae_atto", pretrained="starter", stem_padding="aligned").eval()
+    dates = []
+    for path in paths:
+        grid = geofm.embed_raster(model, path, bands=L2A_BANDS, units="dn", level="L2A")
+        assert grid.tags["GEOFM_LICENCE"] == "Apache-2.0"
+        rows = grid.values.reshape(grid.shape[0], -1).T
+        rows = rows - rows.mean(0)
+        dates.append(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+    similarity = dates[0] @ dates[1].T
+    assert np.diag(similarity).mean() > similarity.mean() + 0.2
+
+
 @pytest.mark.slow
 def test_a_cell_of_bands_in_three_resolutions_is_embedded_with_its_georeference(
     tmp_path: Path,

@@ -288,6 +288,10 @@ def test_finest_of_several_files_of_a_band_is_taken(tmp_path: Path) -> None:
     write_band(tmp_path / "T32_B02_20m.tif", grey(12), 20.0)
     write_band(tmp_path / "T32_B02_10m.tif", grey(24))
     assert open_scene(tmp_path).width == 24
+    write_band(tmp_path / "T32_B02.tif", grey(4), 60.0)
+    with pytest.raises(BandError, match="which is finer"):
+        open_scene(tmp_path)
+    (tmp_path / "T32_B02.tif").unlink()
     write_band(tmp_path / "T32_B2.tif", grey(24))
     write_band(tmp_path / "T32_B02.tiff", grey(24))
     with pytest.raises(BandError, match="which is finer"):
@@ -366,6 +370,17 @@ def test_other_formats_under_the_name_of_a_tiff_are_refused(two: Path) -> None:
     )
     with pytest.raises(RasterError, match="cannot be read"):
         open_scene(two)
+
+
+def test_a_file_that_has_become_another_format_since_is_refused(two: Path) -> None:
+    scene = open_scene(two)
+    (two / "B05.tif").write_text(
+        f"<VRTDataset rasterXSize='12' rasterYSize='12'><VRTRasterBand dataType='UInt16' band='1'>"
+        f"<SimpleSource><SourceFilename>{two / 'B02.tif'}</SourceFilename></SimpleSource>"
+        f"</VRTRasterBand></VRTDataset>"
+    )
+    with pytest.raises(RasterError, match="cannot be read"):
+        scene.read(bands=["B5"])
 
 
 # --- stacked files ------------------------------------------------------------------------------

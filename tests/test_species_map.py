@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import resource
+import sys
+import tracemalloc
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,7 @@ import h5py
 import numpy as np
 import pytest
 import rasterio
+import rioxarray  # noqa: F401  (brings .rio)
 import torch
 import xarray as xr
 from conftest import data
@@ -22,7 +29,9 @@ from geofm.datasets import Observation, collate
 from geofm.datasets.observations import BANDS
 from geofm.maps import open_layer
 from geofm.predictions import group_taxa
-from geofm.series import monthly_composite, species, species_map, species_points
+from geofm.series import SpeciesMap, monthly_composite, species, species_map, species_points
+from geofm.series.cube import Cube
+from geofm.series.sites import Sites
 from geofm.zeroshot import SpeciesClassifier
 
 FLORA = ["Fagus sylvatica", "Quercus robur", "Quercus petraea", "Picea abies", "Pinus sylvestris"]
@@ -181,8 +190,16 @@ def test_step_takes_the_central_pixel_of_each_cell(model: Any, tmp_path: Path) -
     )
     np.testing.assert_array_equal(three.classes, one.classes[1::3, 1::3])
     values, file = read(three.probabilities)
+    # Of 9 x 11 px; the last cell ends beyond them, but its centre does not.
     assert values.shape == (1, 3, 4)
     assert tuple(file.transform)[:6] == (30, 0, 599_995, 0, -30, 5_300_005)
+
+
+def test_pixels_after_the_last_centre_of_a_cell_are_not_mapped(model: Any, tmp_path: Path) -> None:
+    array = months((9, 11))
+    made = species_map(model, array, None, FLORA, output=tmp_path / "s.tif", step=6)
+    # Centres at rows 3 and 9, columns 3 and 9: row 9 is outside.
+    assert made.classes.shape == (1, 2)
 
 
 def test_names_are_encoded_once_for_all_blocks(
@@ -261,6 +278,177 @@ def test_points_are_the_map_at_their_pixels(
         geofm.RasterError, match=r"1 of 2 points lie outside .* number 1 is at 0, 0"
     ):
         species_points(model, array, None, FLORA, [places[0], (0.0, 0.0)])
+
+
+def test_table_of_a_large_map_takes_little_memory(classifier: SpeciesClassifier) -> None:
+    classes = np.zeros((9000, 1000), np.uint16)
+    classes[3:, :] = 2
+    grid = species.Grid((1, 9000, 1000), (1, 0, 0, 0, -1, 0), None)
+    made = SpeciesMap(Path("a"), Path("b"), classes, classifier.taxa, (), grid)
+    tracemalloc.start()
+    try:
+        table = made.table()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert table.splitlines()[1:] == ["    2   8997000  100.0%  Quercus robur"]
+    # In 8 bytes a cell, as it is counted, the whole would be 72 MB.
+    assert peak < 10e6
+
+
+def test_a_failure_leaves_neither_file_new_and_promises_nothing(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = tmp_path / "s.tif"
+    both = [output, tmp_path / "s_probabilities.tif"]
+    for path in both:
+        path.write_text("before")
+    # While one, then the other is put together.
+    for place in ("geofm.raster.cog.check_complete", "geofm.embeddings.rasters.check_complete"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, full)
+            with pytest.raises(geofm.RasterError, match="No space left") as caught:
+                species_map(model, months((4, 4)), None, FLORA, output=output)
+        for path in both:
+            assert str(path) in str(caught.value)
+        assert "nothing is kept" in str(caught.value)
+        assert "are kept" not in str(caught.value)
+        assert ".geofm-" not in str(caught.value)
+        assert sorted(tmp_path.iterdir()) == both
+        assert [path.read_text() for path in both] == ["before", "before"]
+
+
+def test_a_disk_too_small_for_the_probabilities_is_told(model: Any, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # A row of three bands takes 3 x 11 x 4 bytes, and there are nine.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (600, hard))
+        with pytest.raises(geofm.RasterError, match=r"where probabilities wait.*Nothing is kept"):
+            species_map(model, months(), None, FLORA, output=tmp_path / "s.tif")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_points_that_cannot_be_written_are_refused_before_anything_is_computed(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(species, "PixelClassifier", None)
+
+    def points(output: Path) -> None:
+        species_points(model, months((4, 4)), None, FLORA, 2, output=output)
+
+    with pytest.raises(geofm.RasterError, match="there is no folder"):
+        points(tmp_path / "none" / "p.parquet")
+    with pytest.raises(geofm.RasterError, match="is a folder"):
+        points(tmp_path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(geofm.MissingExtraError, match=r"geofm\[embeddings\]"):
+        points(tmp_path / "p.parquet")
+
+
+def test_a_variable_in_another_unit_is_told_with_its_pixel(model: Any, tmp_path: Path) -> None:
+    array = months((6, 7)).fillna(1000.0)
+    warmest = xr.DataArray(np.full((6, 7), 213.4), dims=("y", "x"))
+    options: dict[str, Any] = {"output": tmp_path / "s.tif", "batch_size": 4}
+    # An annual mean of 4.5 degC in interpolated tenths.
+    species_map(model, array, {"bio01": 45.3}, FLORA, **options)
+    species_map(model, array, {"bio01": 45.3, "bio10": warmest}, FLORA, **options)
+    warmest[2, 5] = 21.3
+    with pytest.raises(
+        geofm.AuxiliaryError, match=r"bio01 of the pixel at row 2, column 5 is 45\.3: .*Celsius"
+    ):
+        species_map(model, array, {"bio01": 45.3, "bio10": warmest}, FLORA, **options)
+    elevation = xr.DataArray(np.full((6, 7), 300), dims=("y", "x"))
+    elevation[4, 1] = -9999
+    with pytest.raises(geofm.AuxiliaryError, match="elevation of the pixel at row 4, column 1 is"):
+        species_map(model, array, {"elevation": elevation}, FLORA, **options)
+    with pytest.raises(geofm.AuxiliaryError, match="elevation of the pixel at row 4, column 1 is"):
+        species_points(model, array, {"elevation": elevation}, FLORA, 1)
+
+
+def test_species_named_twice_are_warned_of_once(model: Any, tmp_path: Path) -> None:
+    names = [*FLORA, FLORA[0]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = species_map(model, months((4, 4)), None, names, output=tmp_path / "s.tif")
+    told = [str(w.message) for w in caught if "name of another taxon" in str(w.message)]
+    assert len(told) == 1
+    assert FLORA[0] in told[0]
+    assert len(made.taxa) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda a: a * 0, r"only zeros in rows 0 to 3, columns 0 to 3; .*\(..., nodata=0\)"),
+        (lambda a: a.where(a.x != a.x[1], 65535), "go from .* to 65535.*no-data value"),
+        (lambda a: a.where(a.x != a.x[1], -9999), "go from -9999 .*no-data value"),
+        (lambda a: a / 10_000, "highest value in rows 0 to 3, columns 0 to 3 .*reflectance"),
+    ],
+)
+def test_what_is_no_digital_number_is_told_with_a_place_inside_the_region(
+    model: Any, tmp_path: Path, change: Any, says: str
+) -> None:
+    array = change(months((4, 4)).fillna(1000.0))
+    with pytest.raises(geofm.PixelError, match=says):
+        species_map(model, array, None, FLORA, output=tmp_path / "s.tif")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fill", [1e20, np.float64(1e20), np.float32(1e20), 65535])
+def test_fill_values_are_recognised_in_the_pixels_own_precision(fill: float) -> None:
+    array = months((4, 4)).fillna(1000.0).assign_attrs(_FillValue=fill)
+    array[5, :, 1, 2] = fill
+    found = Cube(array, BANDS).read(0, 0, 4, 4)
+    assert np.isnan(found[5, :, 1, 2]).all()
+    assert np.isfinite(found).sum() == found.size - 10
+
+
+def test_fill_values_of_variables_are_not_known(model: Any) -> None:
+    slope = xr.DataArray(np.full((4, 4), 7, np.float32), dims=("y", "x"))
+    slope = slope.assign_attrs(_FillValue=np.float64(-1e20))
+    slope[1, 2] = -1e20
+    sites = Sites({"slope": slope}, model.variables, Cube(months((4, 4)), BANDS))
+    found = sites.table(np.array([1, 1]), np.array([1, 2]))[:, sites.names.index("slope")]
+    np.testing.assert_array_equal(found, [7, np.nan])
+
+
+def epsg(array: xr.DataArray) -> int | None:
+    crs = Cube(array, BANDS).grid.crs
+    return None if crs is None else rasterio.crs.CRS.from_wkt(crs).to_epsg()
+
+
+def test_the_declared_grid_mapping_tells_the_reference_system() -> None:
+    bare = months((4, 4)).drop_attrs()
+    assert epsg(bare) is None
+    written = bare.rio.write_crs("EPSG:32633")
+    assert epsg(written) == 32633
+    # From before a reprojection, and before the declared one in the order of coordinates.
+    stale = bare.rio.write_crs("EPSG:4326").assign_attrs(crs="EPSG:3857")
+    named = stale.rio.write_crs("EPSG:32633", grid_mapping_name="here")
+    assert list(named.coords).index("spatial_ref") < list(named.coords).index("here")
+    assert named.encoding["grid_mapping"] == "here"
+    assert epsg(named) == 32633
+    declared = named.assign_attrs(grid_mapping="here")
+    declared.encoding.clear()
+    assert epsg(declared) == 32633
+    # One that is named, but not there, tells nothing.
+    assert epsg(named.drop_vars("here")) == 4326
+    assert epsg(written.assign_coords(crs=0)) == 32633
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_the_grid_mapping_survives_the_composite(lazy: bool) -> None:
+    dates = np.array(["2020-01-05", "2020-07-05"], dtype="datetime64[ns]")
+    dated = months((4, 4))[:2].drop_attrs().rename(month="time").assign_coords(time=dates)
+    dated = dated.rio.write_crs("EPSG:4326").rio.write_crs("EPSG:32633", grid_mapping_name="here")
+    monthly = monthly_composite(dated.chunk(time=1) if lazy else dated)
+    assert monthly.rio.crs.to_epsg() == 32633
+    assert epsg(monthly) == 32633
 
 
 def test_months_that_a_pixel_needs_can_be_set(
@@ -344,6 +532,9 @@ def test_worldcereal_months_are_mapped(model: Any, tmp_path: Path) -> None:
         ),
         (lambda a: a, {"window": 4}, geofm.RasterError, "window is an odd number"),
         (lambda a: a, {"step": 0}, geofm.RasterError, "step is a number"),
+        (lambda a: a, {"step": 9}, geofm.RasterError, "4 x 4 px has no centre of a cell of 9 px"),
+        (lambda a: a[:, :, :1], {"step": 2}, geofm.RasterError, "a single pixel along y"),
+        (lambda a: a, {"output": "."}, geofm.RasterError, "the output is a folder"),
         (lambda a: a, {"min_months": 0}, geofm.RasterError, "min_months"),
         (lambda a: a, {"batch_size": 0}, geofm.RasterError, "batch_size"),
         (lambda a: a, {"output": "none/s.tif"}, geofm.RasterError, "there is no folder"),

@@ -229,6 +229,21 @@ def test_tiles_side_by_side_are_what_the_model_gives_on_each_alone() -> None:
     assert np.abs(got - whole_map(model, image)).max() > 0.1
 
 
+def test_the_last_tile_shares_its_cells_with_no_other() -> None:
+    # 104 px: tiles at 0 and 48; the cell at 48 is in both.
+    model = small_mpmae(0.5, stem_padding="aligned")
+    image = noise(56, 104)
+    got = embed_raster(model, image, window="tile").values
+    first, last = (
+        whole_map(model, dataclasses.replace(image, pixels=image.pixels[:, :, left : left + 56]))
+        for left in (0, 48)
+    )
+    np.testing.assert_allclose(got[:, :, :6], first[:, :, :6], atol=1e-5)
+    np.testing.assert_allclose(got[:, :, 7:], last[:, :, 1:], atol=1e-5)
+    either = [np.abs(got[:, :, 6] - own).max() for own in (first[:, :, 6], last[:, :, 0])]
+    assert min(either) < 1e-5 < max(either)
+
+
 def test_one_window_is_one_pass_and_size_of_batch_and_panels_change_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -327,6 +342,28 @@ def test_pooled_vectors_are_the_models_own_and_lie_in_the_middle_of_their_window
     sparse = embed_raster(model, noise(112, 72), pooled=True, window=56, overlap=0)
     assert np.isnan(sparse.values[:, :, 1]).all()
     assert np.isfinite(sparse.values[:, :, 0]).all()
+
+
+def test_pooled_vectors_of_a_narrow_image_lie_where_their_windows_do() -> None:
+    # Windows are 224 px high, but only as wide as the image.
+    model = small_mpmae(0.0, stem_padding="aligned")
+    got = embed_raster(model, noise(448, 96), pooled=True, window=224)
+    assert got.shape == (8, 2, 1)
+    _, _, left, _, down, top = got.transform
+    assert (left, top) == (4e5, 5e6)
+    assert down == -2240
+    assert got.transform[0] == 960
+
+
+def test_cells_that_no_window_brought_have_no_data() -> None:
+    # A ResNet's cell begins 16 px before its window: there it has data, in its window it has none.
+    model = geofm.create_model("ssl4eco_resnet18", bands=["B2", "B3"]).eval()
+    image = noise(224, 448)
+    image.pixels[:, :, 224:] = 0
+    got = embed_raster(model, image, level="L2A", window=224, overlap=0).values
+    assert got.shape[2] == 14
+    assert np.isfinite(got[:, :, :7]).all()
+    assert np.isnan(got[:, :, 7:]).all()
 
 
 def test_cells_with_less_data_than_asked_for_have_none() -> None:

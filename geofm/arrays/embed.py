@@ -25,7 +25,7 @@ from geofm.arrays.grid import (
 from geofm.errors import BandError, MissingExtraError, PixelError, RasterError
 from geofm.factory import create_transform
 from geofm.preprocess import Preprocess
-from geofm.raster.networks import check_size, default_window, weights_label
+from geofm.raster.networks import check_size, default_window, weights_tags
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -98,7 +98,8 @@ def embed_xarray(
         PixelError: Dimensions, type, units or level are not as they must be. Values that cannot be
             in the stated units are found when computing.
         ModelError: The model has no map, or does not take such windows.
-        RasterError: Chunks, halo, coordinates or options do not fit.
+        RasterError: Chunks, halo, coordinates or options do not fit. Output that is not finite, or
+            beyond float16, is found when computing.
         MissingExtraError: xarray or dask is not installed.
     """
     xarray, _ = _modules()
@@ -324,14 +325,8 @@ def _move_geotransform(
 
 
 def _made_by(model: nn.Module, encoder: Encoder, rows: Chunks, columns: Chunks) -> dict[str, str]:
-    from geofm import __version__
-
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
     return {
-        "GEOFM_VERSION": __version__,
-        "GEOFM_MODEL": str(config.get("architecture", type(model).__name__)),
-        "GEOFM_WEIGHTS": weights_label(model),
-        "GEOFM_WEIGHTS_HASH": encoder.weights_hash,
+        **weights_tags(model, encoder.weights_hash),
         "GEOFM_PREPARE": repr(encoder.prepare),
         "GEOFM_VALUES": encoder.network.label,
         "GEOFM_WINDOWS": (

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from geofm.arrays.grid import Cells
 from geofm.errors import ModelError, RasterError
 from geofm.preprocess import Preprocess
+from geofm.raster.codecs import narrowed
 from geofm.raster.networks import Network, features_of, weights_hash
 from geofm.raster.strips import has_data
 
@@ -29,7 +30,8 @@ __all__ = ["Encoder", "cut", "embed_chunk"]
 # Networks that stay ready in a process: what runs, and what ran before it.
 _KEPT = 2
 _ready: OrderedDict[tuple[str, str], tuple[Network, torch.device]] = OrderedDict()
-# One window at a time: the model then uses all threads of the worker, and memory for one window.
+# The model runs on one window at a time: it then uses all threads of the worker, and memory for
+# its activations once. Outside of the lock each thread reads and prepares a window of its own.
 _lock = threading.Lock()
 
 
@@ -177,7 +179,8 @@ def embed_chunk(
 
     Raises:
         PixelError: The pixels are not in the stated units.
-        RasterError: The device is not there, or its memory is too small.
+        RasterError: The device is not there, its memory is too small, or the model's output is not
+            finite or beyond float16.
     """
     stored = np.concatenate([np.concatenate(row, axis=-1) for row in blocks], axis=-2)
     pad = (0, columns.size - stored.shape[-1], 0, rows.size - stored.shape[-2])
@@ -191,7 +194,8 @@ def embed_chunk(
         if any(pad):
             prepared = F.pad(prepared[None], pad, mode="replicate")[0]
         found = encoder.apply(prepared)[:, rows.skip :, columns.skip :]
-        values[:, enough] = found[:, : rows.count, : columns.count][:, enough]
+        found = narrowed(found[:, : rows.count, : columns.count], enough, encoder.dtype)
+        values[:, enough] = found[:, enough]
     return out
 
 

@@ -149,8 +149,8 @@ def window_sides(
 def chunks_along(length: int, core: int, halo: int, network: Network, lost: int) -> Chunks:
     """Chunks along one side of an array.
 
-    All windows are alike: at the array's edges they are moved inward. An array that ends inside a
-    cell is continued to whole cells.
+    All windows are alike: at the array's edges they are moved inward. Where one covers the whole
+    side, that is a single chunk. An array that ends inside a cell is continued to whole cells.
 
     Args:
         length: Pixels of the array.
@@ -174,7 +174,8 @@ def chunks_along(length: int, core: int, halo: int, network: Network, lost: int)
         )
     cells = size // stride - lost
     total = (end - size) // stride + cells
-    count = -(-total // (core // stride))
+    # A window of the whole side is computed once, however many chunks it would make.
+    count = -(-total // (core // stride)) if size < end else 1
     starts = tuple(min(max(i * core - halo, 0), end - size) for i in range(count))
     firsts = tuple(start // stride for start in starts)
     axis = Axis(length, size, starts, cells, firsts, network.offset, stride, stride)

@@ -104,11 +104,13 @@ class RowFile:
 
     def close(self) -> None:
         """Close the file; the next reading opens it again."""
-        if self._file is not None:
-            self._arrays.clear()
-            self._file.close()
-            os.close(self._descriptor)
+        file, descriptor = self._file, self._descriptor
         self._file, self._descriptor, self._process = None, -1, None
+        self._arrays.clear()
+        if descriptor >= 0:
+            os.close(descriptor)
+        if file is not None:
+            file.close()
 
     def file(self) -> Any:
         """The open h5py file of this process.
@@ -186,6 +188,8 @@ class RowFile:
             filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
             rows_apart = dataset.chunks == (1, *dataset.shape[1:])
             plain = properties.get_external_count() == 0 and file.userblock_size == 0
+            # Not on Windows.
+            plain = plain and hasattr(os, "preadv")
             self._arrays[name] = _Array(
                 dataset,
                 dataset.id.get_offset() if dataset.chunks is None and plain else None,

@@ -23,6 +23,7 @@ __all__ = [
     "band_indices",
     "centre_crop",
     "collate",
+    "fill_missing",
     "present_months",
     "resume_points",
 ]
@@ -34,6 +35,9 @@ MONTHS: Final = 12
 SIDE: Final = 5
 # As in geofm.preprocess: no real scene stays below this everywhere; reflectance does.
 LOOKS_LIKE_REFLECTANCE: Final = 3.0
+# Digital numbers lie between these, also as in geofm.preprocess; what does not marks no data.
+LOWEST_DN: Final = -2_000.0
+HIGHEST_DN: Final = 65_534.0
 
 
 class Position(NamedTuple):
@@ -107,6 +111,30 @@ def present_months(images: NDArray[np.floating[Any]]) -> NDArray[np.bool_]:
         (..., months), True where present.
     """
     return np.asarray(np.isfinite(images).any(axis=(-2, -1)).all(axis=-1))
+
+
+def fill_missing(
+    images: NDArray[np.float32],
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Fill what a model cannot take: NaN pixels of months that are present.
+
+    A NaN pixel takes the mean of the other pixels of its month and band. Missing months (see
+    `present_months`) become NaN throughout.
+
+    Args:
+        images: (..., months, bands, H, W), NaN where missing; not changed.
+
+    Returns:
+        The images, and which months are present, (..., months).
+    """
+    mask = present_months(images)
+    known = np.isfinite(images)
+    count = known.sum(axis=(-2, -1), keepdims=True)
+    # In double precision: the sum of 25 numbers does not depend on how numpy pairs them.
+    total = np.where(known, images, 0).sum(axis=(-2, -1), keepdims=True, dtype=np.float64)
+    mean = (total / np.maximum(count, 1)).astype(np.float32)
+    filled = np.where(known, images, mean)
+    return np.where(mask[..., None, None, None], filled, np.float32(np.nan)), mask
 
 
 def band_indices(
@@ -223,12 +251,12 @@ def collate(
                 f"{', '.join(differing)}; give auxiliary_names to say which are meant"
             )
     images = np.stack([observation.images for observation in observations]).astype(np.float32)
-    mask = present_months(images)
+    filled, mask = fill_missing(images)
     auxiliary = np.array([[_number(o.auxiliary.get(name)) for name in names] for o in observations])
     auxiliary = auxiliary.reshape(len(observations), len(names))
     positions = [o.position for o in observations if o.position is not None]
     return {
-        "images": torch.from_numpy(_fill(images, mask)),
+        "images": torch.from_numpy(filled),
         "image_mask": torch.from_numpy(mask),
         "auxiliary": torch.from_numpy(auxiliary.astype(np.float32)),
         "auxiliary_mask": torch.from_numpy(np.isfinite(auxiliary)),
@@ -262,14 +290,3 @@ def resume_points(
 
 def _number(value: float | None) -> float:
     return np.nan if value is None else float(value)
-
-
-def _fill(images: NDArray[np.float32], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Give NaN pixels of present months their band's mean, make missing months NaN throughout."""
-    known = np.isfinite(images)
-    count = known.sum(axis=(-2, -1), keepdims=True)
-    # In double precision: the sum of 25 numbers does not depend on how numpy pairs them.
-    total = np.where(known, images, 0).sum(axis=(-2, -1), keepdims=True, dtype=np.float64)
-    mean = (total / np.maximum(count, 1)).astype(np.float32)
-    filled = np.where(known, images, mean)
-    return np.where(mask[..., None, None, None], filled, np.float32(np.nan))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geofm.datasets._places import centre_of_raster, checked_place, existing
+from geofm.datasets.compositing import composite
 from geofm.datasets.observations import (
     BANDS,
     LOOKS_LIKE_REFLECTANCE,
@@ -73,10 +74,6 @@ def monthly_median(
     if year is not None and all(day.year != year for day in days):
         years = sorted({day.year for day in days})
         raise PixelError(f"no date is of {year}; there are {', '.join(map(str, years)) or 'none'}")
-    values = pixels.astype(np.float64)
-    usable = np.isfinite(values)
-    if nodata is not None:
-        usable &= values != nodata
     if mask is not None:
         mask = np.asarray(mask)
         expected = (pixels.shape[0], *pixels.shape[2:])
@@ -85,23 +82,14 @@ def monthly_median(
                 f"the mask has shape {mask.shape} and type {mask.dtype}; expected bool of shape "
                 f"{expected}, True where a pixel is usable"
             )
-        usable &= mask[:, None]
-    values[~usable] = np.nan
-    out = np.full((MONTHS, *pixels.shape[1:]), np.nan, np.float32)
     months = np.array([day.month if year in (None, day.year) else 0 for day in days])
+    empty = () if nodata is None else (nodata,)
+    images = []
     for month in range(1, MONTHS + 1):
-        if np.any(months == month):
-            out[month - 1] = _median(values[months == month])
-    return out
-
-
-def _median(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Median over the first axis without NaN; NaN, and no warning, where there is nothing else."""
-    ordered = np.sort(values, axis=0)  # NaN last
-    count = np.isfinite(values).sum(axis=0)
-    low = np.take_along_axis(ordered, np.maximum(count - 1, 0)[None] // 2, axis=0)[0]
-    high = np.take_along_axis(ordered, np.minimum(count // 2, len(values) - 1)[None], axis=0)[0]
-    return np.where(count > 0, 0.5 * low + 0.5 * high, np.nan)
+        chosen = months == month
+        clear = None if mask is None else mask[chosen]
+        images.append(composite(pixels[chosen], clear, nodata=empty))
+    return np.stack(images)
 
 
 def _day(date: Date) -> datetime.date:
@@ -155,8 +143,9 @@ def read_series_h5(
             not given.
         auxiliary: The site's variables by name.
         sample_id: Identifier; None for the file's name.
-        offset: Added to the stored numbers. None: 0, and an error if a product is of baseline
-            04.00 or later, of which the file does not tell whether 1000 was subtracted.
+        offset: Added to the stored numbers. None: 0, and an error if a product (of `year`) is of
+            baseline 04.00 or later, of which the file does not tell whether 1000 was subtracted.
+            One that is not 0 fits either older or newer products: a series of both is an error.
 
     Returns:
         The observation; a month without any clear pixel is NaN. From 6 x 6 pixels the last row and
@@ -171,7 +160,7 @@ def read_series_h5(
     """
     source = existing(path)
     pixels, masks, products = _read_h5(source)
-    dates = _product_dates(products, source, offset)
+    dates = _product_dates(products, source, offset, year)
     clear = _clear(masks, pixels, source, max_cloud, max_snow)
     selected, wanted = band_indices(BANDS if bands is None else bands, TREESATAI_BANDS, str(source))
     months = monthly_median(
@@ -217,9 +206,11 @@ def _read_h5(source: Path) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
 
 
 def _product_dates(
-    products: NDArray[Any], source: Path, offset: float | None
+    products: NDArray[Any], source: Path, offset: float | None, year: int | None
 ) -> list[datetime.date]:
+    """Dates of the products, after a look at whether the offset fits those of the year."""
     dates = []
+    shifts = set()
     for product in products.tolist():
         name = product.decode("utf-8", "replace") if isinstance(product, bytes) else str(product)
         found = _PRODUCT.match(name)
@@ -228,12 +219,23 @@ def _product_dates(
                 f"{source}: {name!r} is no name of a Sentinel-2 L2A product, from which to take "
                 f"the date"
             )
+        dates.append(_day(found[2]))
+        if year not in (None, dates[-1].year):
+            continue
         if offset is None and offset_of_baseline(found[3]) != 0:
             raise PixelError(
                 f"{source}: {name} is of processing baseline {found[3]}. If its numbers are as in "
                 f"the product, give offset=-1000; if they are harmonized, give offset=0"
             )
-        dates.append(_day(found[2]))
+        # N9999 does not tell: what was given is believed.
+        if offset and found[3] != "N9999":
+            shifts.add(offset_of_baseline(found[3]))
+    if len(shifts) > 1:
+        raise PixelError(
+            f"{source} has products of processing baselines from before 04.00 and from after, so "
+            f"one offset ({offset}) does not fit all. Choose a year that has one kind (year=); or "
+            f"bring the numbers to one scale first and give offset=0"
+        )
     return dates
 
 

@@ -2,7 +2,7 @@
 
 * `grids`: cells of an embedding, block by block, whatever file they are in;
 * `files`: GeoTIFF, zarr and GeoParquet behind that one interface;
-* `table`, `arrays`: GeoParquet and zarr, written and read;
+* `table`, `arrays`: GeoParquet and zarr; `geoparquet`: what such a file says of itself;
 * `ranking`: places by cosine similarity; `classes`, `kmeans`: a map of classes;
 * `rasters`: maps of one band, with colours and names.
 """

@@ -103,7 +103,7 @@ def read_zarr(path: Path) -> WindowedEmbeddings:
 
         yield read
 
-    return WindowedEmbeddings(grid, str(path), opened, tuple(array.chunks[1:]))
+    return WindowedEmbeddings(grid, str(path), opened, tuple(array.chunks[1:]), path)
 
 
 def _describe(group: Any, grid: Grid) -> None:
@@ -129,6 +129,8 @@ def _describe(group: Any, grid: Grid) -> None:
 def _narrowed(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     with np.errstate(over="ignore"):
         narrow = values.astype(dtype)
+    # A cell with any value that is not finite has no data, as in a table.
+    narrow[:, ~np.isfinite(values).all(axis=0)] = np.nan
     if np.isinf(narrow).any():
         raise RasterError("values are beyond float16, which ends at 65504; use dtype='float32'")
     return narrow

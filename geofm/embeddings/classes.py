@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geofm.embeddings.colours import NO_DATA, colour_of
-from geofm.embeddings.files import EmbeddingsLike, read_embeddings
+from geofm.embeddings.files import EmbeddingsLike, read_embeddings, refuse_overwriting
 from geofm.embeddings.grids import Embeddings, Floats, Grid, single_band
 from geofm.embeddings.kmeans import KMeans, fit_kmeans
 from geofm.embeddings.rasters import write_band
@@ -20,6 +20,8 @@ __all__ = ["Segmentation", "segment"]
 # What the sample that classes are found on may take.
 _SAMPLE_BYTES = 64 * 2**20
 _SAMPLE_CELLS = 65536
+# Cells that are counted and numbered together: numpy takes eight bytes for each.
+_COUNTED = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ def segment(
         source: As in `read_embeddings`.
         output: GeoTIFF to write: uint8, 0 for no data, with a colour table and the classes' names.
         classes: How many, 2 to 254.
-        seed: Of all draws.
+        seed: Of all draws, 0 or more.
         cosine: Bring vectors to length one first, so that, as in `similar`, only their direction
             counts.
         starts: How often to begin anew; the best is kept.
@@ -78,12 +80,17 @@ def segment(
 
     Raises:
         DataNotFoundError: There is no such file.
-        RasterError: There are fewer different cells than classes, or the output cannot be written.
+        RasterError: There are fewer different cells than classes, or the output cannot be written
+            or is the input.
         MissingExtraError: rasterio, pyarrow or zarr is not installed.
     """
     if not 2 <= classes <= 254:
         raise RasterError(f"classes must be 2 to 254, got {classes}")
+    if seed < 0:
+        raise RasterError(f"seed must be 0 or more, got {seed}")
     embeddings = read_embeddings(source)
+    if output is not None:
+        refuse_overwriting(output, embeddings)
     grid = embeddings.grid
     sample = _sample(embeddings, seed)
     found = fit_kmeans(_directed(sample, cosine), classes, seed=seed, starts=starts)
@@ -110,14 +117,20 @@ def segment(
 
 
 def _by_size(flat: NDArray[np.uint8], found: KMeans, sample: int, grid: Grid) -> Segmentation:
-    """Number the classes by their size, the largest first."""
+    """Number the classes by their size, the largest first; in place."""
     count = len(found.centres)
-    sizes = np.bincount(flat, minlength=count + 1)[1:]
+    parts = [flat[begin : begin + _COUNTED] for begin in range(0, len(flat), _COUNTED)]
+    totals = np.zeros(count + 1, dtype=np.int64)
+    for part in parts:
+        totals += np.bincount(part, minlength=count + 1)
+    sizes = totals[1:]
     order = np.argsort(-sizes, kind="stable")
     numbers = np.zeros(count + 1, dtype=np.uint8)
     numbers[1 + order] = np.arange(1, count + 1)
+    for part in parts:
+        part[:] = numbers[part]
     return Segmentation(
-        numbers[flat].reshape(grid.shape[1:]),
+        flat.reshape(grid.shape[1:]),
         tuple(int(v) for v in sizes[order]),
         found.centres[order],
         grid,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
@@ -21,11 +21,20 @@ from geofm.raster.cog import CACHE_BYTES
 from geofm.raster.grids import Embedding, decoded
 from geofm.raster.sources import rasterio_module
 
-__all__ = ["EmbeddingsLike", "export_embeddings", "read_embeddings"]
+__all__ = [
+    "EmbeddingsLike",
+    "export_embeddings",
+    "lasting_tags",
+    "read_embeddings",
+    "refuse_overwriting",
+]
 
 EmbeddingsLike: TypeAlias = "str | os.PathLike[str] | Embedding | Embeddings"
 
 TABLES = (".parquet", ".geoparquet")
+
+# GDAL's own is no news, and what is read has been scaled back.
+_DROPPED = ("AREA_OR_POINT", "GEOFM_SCALE", "GEOFM_ZERO")
 
 
 def read_embeddings(source: EmbeddingsLike) -> Embeddings:
@@ -49,7 +58,7 @@ def read_embeddings(source: EmbeddingsLike) -> Embeddings:
     if isinstance(source, Embedding):
         if source.path is not None:
             return read_embeddings(source.path)
-        grid = Grid(source.shape, source.transform, source.crs, source.tags)
+        grid = Grid(source.shape, source.transform, source.crs, lasting_tags(source.tags))
         return of_array(source.values, grid, "embedding in memory")
     path = Path(source)
     if not path.exists():
@@ -100,8 +109,7 @@ def export_embeddings(
         raise RasterError(f"dtype is 'float32' or 'float16', got {dtype!r}")
     if path.suffix not in (*TABLES, ".zarr"):
         raise RasterError(f"an export is a .parquet or a .zarr, got {path.name}")
-    if isinstance(raster, str | os.PathLike) and Path(raster).resolve() == path.resolve():
-        raise RasterError(f"the output would overwrite the input: {path}")
+    refuse_overwriting(path, raster)
     embeddings = read_embeddings(raster)
     grid = embeddings.grid
     if date is not None:
@@ -116,6 +124,41 @@ def export_embeddings(
             f"GeoTIFF that it was made from"
         )
     return path
+
+
+def refuse_overwriting(output: str | os.PathLike[str], *inputs: object) -> None:
+    """See that an output is none of the files that it is made from.
+
+    Args:
+        output: What is to be written.
+        inputs: Paths, and embeddings, which know theirs; what else there may be is in memory.
+
+    Raises:
+        RasterError: It is one of them.
+    """
+    target = Path(output)
+    for each in inputs:
+        source = each.path if isinstance(each, Embedding | Embeddings) else each
+        if not isinstance(source, str | os.PathLike):
+            continue
+        path = Path(source)
+        try:
+            # One file has two names where case does not count, or by a link.
+            same = path.samefile(target)
+        except OSError:
+            # One of them is not there, or is an address.
+            same = path.resolve() == target.resolve()
+        if same:
+            raise RasterError(f"the output would overwrite the input: {target}")
+
+
+def lasting_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    """What is still true of values once they are read: not how they were stored.
+
+    Args:
+        tags: Of a file, or of an `Embedding`.
+    """
+    return {name: text for name, text in tags.items() if name not in _DROPPED}
 
 
 def _iso(date: str | datetime.date) -> str:
@@ -135,8 +178,7 @@ def _read_raster(path: Path) -> WindowedEmbeddings:
                 (file.count, file.height, file.width),
                 tuple(file.transform)[:6],
                 file.crs.to_wkt() if file.crs else None,
-                # GDAL's own is no news.
-                {k: v for k, v in file.tags().items() if k != "AREA_OR_POINT"},
+                lasting_tags(file.tags()),
             )
             tile = file.block_shapes[0]
     except rasterio.errors.RasterioError as error:
@@ -151,14 +193,12 @@ def _read_raster(path: Path) -> WindowedEmbeddings:
             def read(top: int, left: int, high: int, wide: int) -> NDArray[np.float32]:
                 window = rasterio.windows.Window(left, top, wide, high)
                 try:
-                    stored = file.read(window=window)
+                    stored = file.read(window=window, masked=True)
                 except rasterio.errors.RasterioError as error:
                     raise RasterError(f"{path} cannot be read at {top}, {left}: {error}") from error
-                values = decoded(stored, file.nodata, file.scales, file.offsets)
-                if stored.dtype.kind == "f" and file.nodata is not None:
-                    values[stored == file.nodata] = np.nan
-                return values
+                # The mask tells no data, whatever the file says it with.
+                return decoded(stored, None, file.scales, file.offsets)
 
             yield read
 
-    return WindowedEmbeddings(grid, str(path), opened, tile)
+    return WindowedEmbeddings(grid, str(path), opened, tile, path)

@@ -6,10 +6,12 @@ import contextlib
 import datetime
 import hashlib
 import math
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from geofm.errors import RasterError
 from geofm.raster.sources import Coefficients, rasterio_module
 
-__all__ = ["Cells", "Embeddings", "Grid", "WindowedEmbeddings", "single_band"]
+__all__ = ["Cells", "Embeddings", "Grid", "WindowedEmbeddings", "single_band", "unwrapped"]
 
 Floats: TypeAlias = NDArray[np.float32]
 Reader: TypeAlias = Callable[[int, int, int, int], Floats]
@@ -97,16 +99,22 @@ class Grid:
         """Longitudes and latitudes of coordinates.
 
         Raises:
-            RasterError: The grid has no reference system.
+            RasterError: The grid has no reference system, or one that is nowhere on the globe.
         """
         lon, lat = self._warp(self._known_crs(), "EPSG:4326", x, y)
         return lon, lat
 
     def extent(self) -> tuple[float, float, float, float]:
-        """West, south, east and north of the grid's corners, in degrees."""
+        """West, south, east and north of the grid's corners, in degrees.
+
+        Of a grid across the antimeridian one of west and east is beyond 180.
+        """
         rows, columns = self.shape[1:]
-        x, y = self.xy(np.array([0, 0, rows, rows]), np.array([0, columns, 0, columns]), (0, 0))
-        lon, lat = self.lonlat(x, y)
+        # The corners, and the middle.
+        down = np.array([0, 0, rows, rows, rows / 2])
+        right = np.array([0, columns, 0, columns, columns / 2])
+        lon, lat = self.lonlat(*self.xy(down, right, (0, 0)))
+        lon = unwrapped(lon, lon[-1])
         return float(lon.min()), float(lat.min()), float(lon.max()), float(lat.max())
 
     def cell_at(self, lon: float, lat: float) -> tuple[int, int]:
@@ -146,10 +154,21 @@ class Grid:
     def _warp(
         source: str, target: str, x: NDArray[np.float64], y: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        rasterio_module()
+        rasterio = rasterio_module()
         from rasterio.warp import transform
 
-        found = transform(source, target, x, y)
+        failures = (
+            rasterio.errors.CRSError,
+            rasterio.errors.RasterioError,
+            rasterio._err.CPLE_BaseError,
+        )
+        try:
+            found = transform(source, target, x, y)
+        except failures as error:
+            raise RasterError(
+                f"the embedding's coordinate reference system and longitude and latitude do not "
+                f"lead to each other here: {textwrap.shorten(str(error), 160)}"
+            ) from error
         return np.asarray(found[0]), np.asarray(found[1])
 
 
@@ -172,10 +191,12 @@ class Embeddings(ABC):
     Attributes:
         grid: Where they lie.
         name: What messages call them.
+        path: The file or folder that they are read from; None for none.
     """
 
     grid: Grid
     name: str
+    path: Path | None = None
 
     @abstractmethod
     def blocks(self) -> Iterator[Cells]:
@@ -228,6 +249,7 @@ class WindowedEmbeddings(Embeddings):
         opened: Opens the array: gives a function of top, left, height and width that returns
             (channels, height, width), NaN where there is no data.
         tile: Rows and columns that are stored together.
+        path: As in `Embeddings`.
     """
 
     def __init__(
@@ -236,8 +258,9 @@ class WindowedEmbeddings(Embeddings):
         name: str,
         opened: Callable[[], AbstractContextManager[Reader]],
         tile: tuple[int, int],
+        path: Path | None = None,
     ) -> None:
-        self.grid, self.name, self.opened = grid, name, opened
+        self.grid, self.name, self.opened, self.path = grid, name, opened, path
         self.window = _window(grid.shape, tile)
 
     def windows(self) -> Iterator[tuple[int, int, Floats]]:
@@ -307,6 +330,18 @@ def single_band(grid: Grid, fill: float, dtype: str) -> NDArray[Any]:
             f"embedding into parts"
         )
     return np.full(cells, fill, dtype=dtype)
+
+
+def unwrapped(lon: NDArray[np.float64], around: float) -> NDArray[np.float64]:
+    """Longitudes by whole turns nearest to one of them, so that they do not jump at 180 degrees.
+
+    Args:
+        lon: Degrees east.
+        around: That one.
+    """
+    # A turn is a hair more, so that both edges of a map of the whole globe stay where they are.
+    nearest: NDArray[np.float64] = lon - 360 * np.round((lon - around) / 360.001)
+    return nearest
 
 
 def _window(shape: tuple[int, int, int], tile: tuple[int, int]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from geofm.embeddings.files import EmbeddingsLike, read_embeddings
+from geofm.embeddings.files import EmbeddingsLike, read_embeddings, refuse_overwriting
 from geofm.embeddings.grids import Floats, Grid, single_band
 from geofm.embeddings.rasters import write_band
 from geofm.errors import RasterError
@@ -46,7 +46,8 @@ class Similar:
     """The places most alike, and how alike all are.
 
     Attributes:
-        places: Best first; of equals, the one further up and left.
+        places: The place that was looked for, then the best first; of equals, the one further up
+            and left.
         map: (rows, columns) float32, NaN where there is no data; None unless asked for.
         grid: Where its cells lie.
         query: The vector that was looked for.
@@ -82,7 +83,8 @@ def similar(
     """Rank the cells of an embedding by cosine similarity to one of them, or to a vector.
 
     The embedding is read block by block; the best so far are kept. The cell of the place itself is
-    among them, as the first. Cells whose vector is zero have no direction and are left out.
+    among them, as the first, even where others equal it. Cells whose vector is zero have no
+    direction and are left out.
 
     Args:
         source: As in `read_embeddings`.
@@ -97,7 +99,8 @@ def similar(
 
     Raises:
         DataNotFoundError: There is no such file.
-        RasterError: The place is outside or has no data, or the vector does not fit.
+        RasterError: The place is outside or has no data, the vector does not fit, or the output
+            is the input or cannot be written.
         MissingExtraError: rasterio, pyarrow or zarr is not installed.
     """
     if (at is None) == (vector is None):
@@ -107,6 +110,8 @@ def similar(
     if top_k < 1:
         raise RasterError(f"top_k must be 1 or more, got {top_k}")
     embeddings = read_embeddings(source)
+    if output is not None:
+        refuse_overwriting(output, embeddings)
     grid, cell = embeddings.grid, None
     if at is not None:
         if len(at) != 2:
@@ -125,6 +130,8 @@ def similar(
         best = _best(
             np.concatenate([best[0], cosines]), np.concatenate([best[1], cells.ids]), top_k
         )
+    if cell is not None:
+        best = _first(cell[0] * grid.shape[2] + cell[1], _cosines(query[None], unit), best, top_k)
     shaped = whole.reshape(grid.shape[1:]) if whole is not None else None
     if output is not None and shaped is not None:
         tags = {"GEOFM_VALUES": "cosine similarity", "GEOFM_QUERY": _shown(at)}
@@ -158,6 +165,16 @@ def _best(values: Floats, ids: NDArray[np.int64], count: int) -> tuple[Floats, N
         keep = keep[values[keep] >= last]
     order = keep[np.lexsort((ids[keep], -values[keep]))][:count]
     return values[order], ids[order]
+
+
+def _first(
+    own: int, cosine: Floats, best: tuple[Floats, NDArray[np.int64]], count: int
+) -> tuple[Floats, NDArray[np.int64]]:
+    """The place itself before all others: of int8, or over water, many equal it."""
+    others = best[1] != own
+    values = np.concatenate([cosine, best[0][others]])
+    ids = np.concatenate([[own], best[1][others]])
+    return values[:count], ids[:count]
 
 
 def _places(grid: Grid, values: Floats, ids: NDArray[np.int64]) -> list[Place]:

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
 
 from geofm.embeddings.grids import Grid
 from geofm.errors import RasterError
-from geofm.raster.cog import CACHE_BYTES, written
+from geofm.raster.cog import CACHE_BYTES, check_complete, written
 from geofm.raster.sources import rasterio_module
 
 __all__ = ["write_band"]
 
 Colour = tuple[int, int, int]
+
+# What is handed to rasterio at a time.
+_COPIED_BYTES = 16 * 2**20
 
 
 def write_band(
@@ -31,6 +36,8 @@ def write_band(
     classes: Sequence[str] | None = None,
 ) -> None:
     """Write a map as a cloud-optimised GeoTIFF, complete or not at all.
+
+    Meanwhile there is a second, plain copy beside it on the disk; in memory there is none.
 
     Args:
         path: The file; an existing one is replaced.
@@ -59,28 +66,38 @@ def write_band(
         "crs": grid.crs,
         "transform": rasterio.Affine(*grid.transform),
         "nodata": nodata,
+        "BIGTIFF": "IF_SAFER",
     }
     try:
         with (
             rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES),
             written(path) as temporary,
-            rasterio.MemoryFile() as memory,
+            tempfile.TemporaryDirectory(dir=temporary.parent, prefix=".geofm-") as folder,
         ):
-            with memory.open(**options) as file:
-                file.write(values, 1)
+            plain = Path(folder) / "plain.tif"
+            with rasterio.open(plain, "w", **options) as file:
+                # rasterio copies what it is given.
+                step = max(1, _COPIED_BYTES // max(values[:1].nbytes, 1))
+                for top in range(0, len(values), step):
+                    rows = values[top : top + step]
+                    part = rasterio.windows.Window(0, top, rows.shape[1], len(rows))
+                    file.write(rows, 1, window=part)
                 file.set_band_description(1, name)
                 file.update_tags(**all_tags)
                 if colours is not None:
                     file.write_colormap(1, dict(enumerate(colours)))
+            if plain.stat().st_size < values.nbytes:
+                raise OSError(f"{plain.name} ends early; see that the disk has room")
             # Means of class numbers are no classes.
             resampling = "AVERAGE" if values.dtype.kind == "f" else "MODE"
             rasterio.shutil.copy(
-                memory.name,
+                plain,
                 temporary,
                 driver="COG",
                 COMPRESS="DEFLATE",
                 PREDICTOR="NO" if colours is not None else "YES",
                 OVERVIEW_RESAMPLING=resampling,
             )
+            check_complete(temporary, *values.shape)
     except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError, OSError) as error:
         raise RasterError(f"cannot write {path}: {error}") from error

@@ -1,12 +1,7 @@
-"""GeoParquet: one row a cell.
-
-The metadata follows GeoParquet 1.1 (https://geoparquet.org/releases/v1.1.0): WKB geometries, the
-reference system as PROJJSON. A second key, ``geofm``, keeps the grid, so that maps can be made.
-"""
+"""GeoParquet: one row a cell. The metadata key ``geofm`` keeps the grid, for maps."""
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from geofm.embeddings.geoparquet import geo_metadata, points, polygons, pyarrow_modules
 from geofm.embeddings.grids import Cells, Embeddings, Floats, Grid
-from geofm.errors import MissingExtraError, RasterError
+from geofm.errors import RasterError
 from geofm.raster.cog import written
 from geofm.raster.sources import rasterio_module
 
@@ -24,11 +20,6 @@ __all__ = ["TableEmbeddings", "read_table", "write_table"]
 
 # What the vectors of one group of rows may take.
 _GROUP_BYTES = 32 * 2**20
-
-_POINT = np.dtype([("order", "u1"), ("type", "<u4"), ("xy", "<f8", 2)])
-_POLYGON = np.dtype(
-    [("order", "u1"), ("type", "<u4"), ("rings", "<u4"), ("points", "<u4"), ("xy", "<f8", (5, 2))]
-)
 
 
 def write_table(path: Path, embeddings: Embeddings, grid: Grid, geometry: str, dtype: str) -> None:
@@ -45,7 +36,7 @@ def write_table(path: Path, embeddings: Embeddings, grid: Grid, geometry: str, d
         RasterError: It cannot be written, or values are beyond float16.
         MissingExtraError: pyarrow is not installed.
     """
-    pa, pq = _pyarrow()
+    pa, pq = pyarrow_modules()
     schema = _schema(pa, grid, geometry, dtype)
     words = ["scene", "weights", "weights_hash", "preprocessing", "date"]
     try:
@@ -83,7 +74,7 @@ def read_table(path: Path) -> TableEmbeddings:
         RasterError: It is none.
         MissingExtraError: pyarrow is not installed.
     """
-    pa, pq = _pyarrow()
+    pa, pq = pyarrow_modules()
     try:
         schema = pq.read_schema(path)
         facts = json.loads((schema.metadata or {})[b"geofm"])
@@ -123,7 +114,7 @@ class TableEmbeddings(Embeddings):
 
     def blocks(self) -> Iterator[Cells]:
         """As `Embeddings.blocks`."""
-        _, pq = _pyarrow()
+        _, pq = pyarrow_modules()
         size = max(1, _GROUP_BYTES // (4 * self.grid.shape[0]))
         with pq.ParquetFile(self.path) as file:
             for batch in file.iter_batches(size, columns=["id", "embedding"]):
@@ -131,7 +122,7 @@ class TableEmbeddings(Embeddings):
 
     def vector(self, row: int, column: int) -> Floats:
         """As `Embeddings.vector`."""
-        _, pq = _pyarrow()
+        _, pq = pyarrow_modules()
         wanted = row * self.grid.shape[2] + column
         with pq.ParquetFile(self.path) as file:
             for group in range(file.num_row_groups):
@@ -172,25 +163,15 @@ def _schema(pa: Any, grid: Grid, geometry: str, dtype: str) -> Any:
     ]
     rows, columns = grid.shape[1:]
     x, y = grid.xy(np.array([0, 0, rows, rows]), np.array([0, columns, 0, columns]), (0, 0))
-    geo = {
-        "version": "1.1.0",
-        "primary_column": "geometry",
-        "columns": {
-            "geometry": {
-                "encoding": "WKB",
-                "geometry_types": [geometry.capitalize()],
-                "crs": _projjson(grid.crs),
-                "bbox": [float(v) for v in (x.min(), y.min(), x.max(), y.max())],
-            }
-        },
-    }
+    bbox = [float(v) for v in (x.min(), y.min(), x.max(), y.max())]
+    geo = geo_metadata(geometry.capitalize(), bbox, crs=_projjson(grid.crs))
     facts = {
         "shape": grid.shape,
         "transform": grid.transform,
         "crs": grid.crs,
         "tags": dict(grid.tags),
     }
-    return pa.schema(fields, {"geo": json.dumps(geo), "geofm": json.dumps(facts)})
+    return pa.schema(fields, {"geo": geo, "geofm": json.dumps(facts)})
 
 
 def _projjson(crs: str | None) -> dict[str, Any] | None:
@@ -228,34 +209,15 @@ def _rows(pa: Any, schema: Any, cells: Cells, grid: Grid, geometry: str, dtype: 
         "embedding": pa.FixedSizeListArray.from_arrays(
             pa.array(vectors.reshape(-1)), type=schema.field("embedding").type
         ),
-        "geometry": _wkb(pa, grid, row, column, geometry),
+        "geometry": _geometries(grid, row, column, geometry),
     }
     return pa.table(columns, schema=schema)
 
 
-def _wkb(pa: Any, grid: Grid, row: NDArray[Any], column: NDArray[Any], geometry: str) -> Any:
-    """Well-known binary, little-endian: each geometry has the same length."""
-    if geometry == "point":
-        parts = np.zeros(len(row), _POINT)
-        parts["type"] = 1
-        parts["xy"] = np.stack(grid.xy(row, column), axis=1)
-    else:
-        parts = np.zeros(len(row), _POLYGON)
-        parts["type"], parts["rings"], parts["points"] = 3, 1, 5
-        # Down first: anticlockwise in a grid whose rows go south, as outer rings should be.
-        for number, corner in enumerate(((0, 0), (0, 1), (1, 1), (1, 0), (0, 0))):
-            parts["xy"][:, number] = np.stack(grid.xy(row, column, corner), axis=1)
-    parts["order"] = 1
-    offsets = np.arange(len(row) + 1, dtype=np.int32) * parts.itemsize
-    buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(parts.tobytes())]
-    return pa.Array.from_buffers(pa.binary(), len(row), buffers)
-
-
-def _pyarrow() -> tuple[Any, Any]:
-    try:
-        pyarrow, parquet = (importlib.import_module(n) for n in ("pyarrow", "pyarrow.parquet"))
-    except ImportError as error:
-        raise MissingExtraError(
-            "GeoParquet needs pyarrow: pip install 'geofm[embeddings]'"
-        ) from error
-    return pyarrow, parquet
+def _geometries(grid: Grid, row: NDArray[Any], column: NDArray[Any], kind: str) -> Any:
+    if kind == "point":
+        return points(np.stack(grid.xy(row, column), axis=1))
+    # Down first: anticlockwise in a grid whose rows go south, as outer rings should be.
+    corners = ((0, 0), (0, 1), (1, 1), (1, 0), (0, 0))
+    outline = [np.stack(grid.xy(row, column, corner), axis=1) for corner in corners]
+    return polygons(np.stack(outline, axis=1))

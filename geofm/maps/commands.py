@@ -6,12 +6,13 @@ Each takes the parsed options and gives the text to print.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from geofm.embeddings.classes import segment
-from geofm.embeddings.files import export_embeddings
+from geofm.embeddings.files import export_embeddings, refuse_overwriting
 from geofm.embeddings.ranking import similar
 from geofm.errors import RasterError
 from geofm.maps.layers import Layer, class_layer, ramp_layer
@@ -36,8 +37,7 @@ def run_similar(options: argparse.Namespace) -> str:
         GeofmError: As `geofm.embeddings.similar`.
     """
     output = options.output
-    picture = output is not None and output.suffix in _PICTURES
-    _check_output(output, (".tif", ".tiff", *_PICTURES))
+    picture = _draws(options, options.embeddings, (".tif", ".tiff", *_PICTURES))
     base = _base(options) if picture else None
     found = similar(
         options.embeddings,
@@ -74,8 +74,7 @@ def run_segment(options: argparse.Namespace) -> str:
         GeofmError: As `geofm.embeddings.segment`.
     """
     output = options.output
-    picture = output is not None and output.suffix in _PICTURES
-    _check_output(output, (".tif", ".tiff", *_PICTURES))
+    picture = _draws(options, options.embeddings, (".tif", ".tiff", *_PICTURES))
     base = _base(options) if picture else None
     found = segment(
         options.embeddings,
@@ -126,7 +125,7 @@ def run_picture(options: argparse.Namespace) -> str:
     Raises:
         GeofmError: As `open_layer` and `write_picture`.
     """
-    _check_output(options.output, _PICTURES)
+    _draws(options, options.input, _PICTURES)
     base = _base(options)
     layer = open_layer(options.input)
     path = write_picture(
@@ -146,14 +145,35 @@ def _base(options: argparse.Namespace) -> Layer | None:
                 "a page compares two images; give the image that was embedded with --image"
             )
         return None
-    bands = options.bands.split(",") if options.bands else None
+    bands = [name.strip() for name in options.bands.split(",")] if options.bands else None
     return true_colour_layer(options.image, bands, sensor=options.sensor or "sentinel2")
 
 
-def _check_output(output: Path | None, kinds: tuple[str, ...]) -> None:
-    """Before anything is computed."""
-    if output is not None and output.suffix not in kinds:
-        raise RasterError(f"the output is one of {', '.join(kinds)}; got {output.name}")
+def _draws(options: argparse.Namespace, source: Path, kinds: Sequence[str]) -> bool:
+    """Whether the output is a picture; what cannot be is told before anything is computed."""
+    output: Path | None = options.output
+    if output is not None:
+        if output.suffix not in kinds:
+            raise RasterError(f"the output is one of {', '.join(kinds)}; got {output.name}")
+        refuse_overwriting(output, source, options.image)
+    picture = output is not None and output.suffix in _PICTURES
+    if not picture:
+        given = _given(options, "image", "bands", "sensor", "attribution")
+        if given:
+            found = "no -o" if output is None else f"-o {output.name}"
+            raise RasterError(
+                f"{given}: only for pictures (-o with {' or '.join(_PICTURES)}); got {found}"
+            )
+    elif options.image is None:
+        given = _given(options, "bands", "sensor")
+        if given:
+            raise RasterError(f"{given}: of the image that was embedded; name it with --image")
+    return picture
+
+
+def _given(options: argparse.Namespace, *names: str) -> str:
+    """Those of some options that were given."""
+    return ", ".join(f"--{name}" for name in names if getattr(options, name) is not None)
 
 
 def _place(text: str) -> tuple[float, float]:

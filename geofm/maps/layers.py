@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,13 @@ __all__ = [
     "Entry",
     "Layer",
     "Ramp",
+    "class_counts",
     "class_layer",
     "coloured",
     "components_layer",
     "ramp_layer",
     "stretched",
+    "thinned",
 ]
 
 Colour = tuple[int, int, int]
@@ -32,6 +36,9 @@ Bytes = NDArray[np.uint8]
 
 SIDE = 1024
 """Longer side of a picture, in pixels, at most: larger grids are shown by every n-th cell."""
+
+# Rows whose classes are counted together: that sorts a copy of them.
+_ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,8 @@ class Layer:
         ramp: Legend of values.
         note: What else must be known to read it.
         mark: x and y of a place to mark, in the grid's reference system.
+        whole: The grid of all cells where `grid` has every n-th, whose last pixels reach beyond it.
+        files: What it was read from, so that no picture of it replaces that.
     """
 
     title: str
@@ -95,6 +104,13 @@ class Layer:
     ramp: Ramp | None = None
     note: str = ""
     mark: tuple[float, float] | None = None
+    whole: Grid | None = None
+    files: tuple[Path, ...] = ()
+
+    @property
+    def ground(self) -> Grid:
+        """The grid whose edges are those of the ground that is shown."""
+        return self.whole or self.grid
 
     def mark_place(self) -> tuple[float, float] | None:
         """Where the mark lies, as shares of width and height; None if it is not in the picture."""
@@ -128,7 +144,7 @@ class Layer:
             out[row, inside] = self.pixels[down[inside], right[inside]]
         if not out[..., 3].any():
             raise RasterError("the image and the map do not overlap")
-        return replace(self, pixels=out, grid=replace(other, tags=self.grid.tags))
+        return replace(self, pixels=out, grid=replace(other, tags=self.grid.tags), whole=None)
 
 
 def components_layer(source: EmbeddingsLike, side: int = SIDE) -> Layer:
@@ -149,7 +165,7 @@ def components_layer(source: EmbeddingsLike, side: int = SIDE) -> Layer:
     """
     embeddings = read_embeddings(source)
     mean, loadings, explained = _principal(embeddings)
-    grid, step = _thinned(embeddings.grid, side)
+    grid, step = thinned(embeddings.grid, side)
     columns = embeddings.grid.shape[2]
     values = np.full((3, *grid.shape[1:]), np.nan, dtype=np.float32)
     for cells in embeddings.blocks():
@@ -163,6 +179,8 @@ def components_layer(source: EmbeddingsLike, side: int = SIDE) -> Layer:
         stretched(values),
         grid,
         note=f"Red, green, blue: components 1-3, with {shares} of the variance.",
+        whole=embeddings.grid,
+        files=() if embeddings.path is None else (embeddings.path,),
     )
 
 
@@ -194,7 +212,7 @@ def ramp_layer(
         RasterError: No cell has data.
         MissingExtraError: matplotlib is not installed.
     """
-    small, step = _thinned(grid, side)
+    small, step = thinned(grid, side)
     values = values[::step, ::step]
     valid = np.isfinite(values)
     if not valid.any():
@@ -205,7 +223,7 @@ def ramp_layer(
     pixels = coloured(table[(np.clip(unit, 0, 1) * 255).astype(int)], valid)
     beyond = (bool(values[valid].min() < low), bool(values[valid].max() > high))
     ramp = Ramp(table, float(low), float(high), title, beyond)
-    return Layer(title, pixels, small, ramp=ramp, note=note, mark=mark)
+    return Layer(title, pixels, small, ramp=ramp, note=note, mark=mark, whole=grid)
 
 
 def class_layer(
@@ -218,19 +236,21 @@ def class_layer(
     colours: Mapping[int, Colour] | None = None,
     most: int = 18,
     side: int = SIDE,
+    counts: Mapping[int, int] | None = None,
 ) -> Layer:
     """Classes, or species, in colours that differ, the most frequent first in the legend.
 
     Args:
-        values: (rows, columns) of integers.
+        values: (rows, columns) of integers, which may be masked where there is no data.
         grid: Where they lie.
         title: What they are.
-        nodata: Value of cells without data.
+        nodata: Value of cells without data; None if there is none.
         names: Of values; None or missing ones: "class 3".
         colours: Of values; None to give each class of the legend one that people with any colour
             vision tell apart.
         most: Classes in the legend; all others are grey.
         side: As `SIDE`.
+        counts: Cells of each value, where `values` are some of many; None to count them.
 
     Returns:
         The layer.
@@ -238,28 +258,49 @@ def class_layer(
     Raises:
         RasterError: No cell has data.
     """
-    small, step = _thinned(grid, side)
-    valid = np.ones(values.shape, bool) if nodata is None else values != nodata
-    found, counts = np.unique(values[valid], return_counts=True)
-    if not len(found):
+    small, step = thinned(grid, side)
+    sizes = class_counts(values, nodata) if counts is None else counts
+    if not sizes:
         raise RasterError(f"{title}: no cell has data")
     # Frequent first; of equals, the smaller number.
-    order = np.lexsort((found, -counts))
-    shown = [int(found[i]) for i in order[:most]]
-    total = counts.sum()
-    values, valid = values[::step, ::step], valid[::step, ::step]
+    order = sorted(sizes, key=lambda number: (-sizes[number], number))
+    total = sum(sizes.values())
+    valid = _known(values[::step, ::step], nodata)
+    values = np.ma.getdata(values[::step, ::step])
     rgb = np.empty((*values.shape, 3), dtype=np.uint8)
     rgb[:] = OTHER
     entries = []
-    for place, number in enumerate(shown):
+    for place, number in enumerate(order[:most]):
         colour = (colours or {}).get(number) or colour_of(place)
         rgb[values == number] = colour
         label = (names or {}).get(number, f"class {number}")
-        entries.append(Entry(colour, label, float(counts[order[place]] / total)))
-    if len(found) > most:
-        rest = float(counts[order[most:]].sum() / total)
-        entries.append(Entry(OTHER, f"{len(found) - most} others", rest))
-    return Layer(title, coloured(rgb, valid), small, entries=tuple(entries))
+        entries.append(Entry(colour, label, sizes[number] / total))
+    if len(order) > most:
+        rest = sum(sizes[number] for number in order[most:]) / total
+        entries.append(Entry(OTHER, f"{len(order) - most} others", rest))
+    return Layer(title, coloured(rgb, valid), small, entries=tuple(entries), whole=grid)
+
+
+def class_counts(values: NDArray[Any], nodata: float | None) -> Counter[int]:
+    """Cells of each class.
+
+    Args:
+        values: As in `class_layer`.
+        nodata: As in `class_layer`.
+    """
+    counts: Counter[int] = Counter()
+    for top in range(0, len(values), _ROWS):
+        part = values[top : top + _ROWS]
+        known = np.ma.getdata(part)[_known(part, nodata)]
+        found, sizes = np.unique(known, return_counts=True)
+        counts.update(dict(zip(map(int, found), map(int, sizes), strict=True)))
+    return counts
+
+
+def _known(values: NDArray[Any], nodata: float | None) -> NDArray[np.bool_]:
+    """Where there is data."""
+    known: NDArray[np.bool_] = ~np.ma.getmaskarray(values)
+    return known if nodata is None else known & (np.ma.getdata(values) != nodata)
 
 
 def stretched(layers: NDArray[Any]) -> Bytes:
@@ -329,8 +370,13 @@ def _principal(
     return mean, loadings.astype(np.float32), [float(v) for v in shares]
 
 
-def _thinned(grid: Grid, side: int) -> tuple[Grid, int]:
-    """The grid of every n-th cell."""
+def thinned(grid: Grid, side: int) -> tuple[Grid, int]:
+    """The grid of every n-th cell, and n.
+
+    Args:
+        grid: The grid of all.
+        side: As `SIDE`.
+    """
     channels, rows, columns = grid.shape
     step = max(1, math.ceil(max(rows, columns) / side))
     a, b, c, d, e, f = grid.transform

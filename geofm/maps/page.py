@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from geofm.embeddings.files import refuse_overwriting
 from geofm.errors import MissingExtraError, RasterError
 from geofm.maps.layers import Layer
 from geofm.maps.place import extent_text, origin_text, scale_bar
@@ -117,9 +118,10 @@ def write_page(
         attribution: Whose data it is, for the last line. Text, not HTML, as all else.
 
     Raises:
-        RasterError: It cannot be written, or the two do not overlap.
+        RasterError: It cannot be written, is what is shown, or the two do not overlap.
         MissingExtraError: Pillow is not installed.
     """
+    refuse_overwriting(path, *layer.files, *base.files)
     layer = layer.onto(base.grid)
     base = replace(base, mark=layer.mark)
     text = page(layer, base, layer.title if title is None else title, attribution)
@@ -143,7 +145,7 @@ def page(layer: Layer, base: Layer, title: str, attribution: str) -> str:
         f"default-src 'none'; img-src data:; style-src '{_digest(_STYLE)}'; "
         f"script-src '{_digest(_SCRIPT)}'; base-uri 'none'; form-action 'none'"
     )
-    words = [layer.note, extent_text(base.grid), origin_text(layer.grid), attribution]
+    words = [layer.note, extent_text(base.ground), origin_text(layer.grid), attribution]
     feet = "\n".join(f"<p>{_safe(text)}</p>" for text in words if text)
     return f"""<!DOCTYPE html>
 <html lang="en">

@@ -6,14 +6,15 @@ import math
 
 import numpy as np
 
-from geofm.embeddings.grids import Grid
+from geofm.embeddings.grids import Grid, unwrapped
 from geofm.errors import RasterError
-from geofm.raster.sources import rasterio_module
 
 __all__ = ["extent_text", "origin_text", "scale_bar"]
 
-# Metres of a degree of latitude, of a sphere.
-_DEGREE = 111_195.0
+# Metres, of a sphere.
+_RADIUS = 6_371_005.0
+# Parts of a row: between the ends of a long one, the shortest way is another.
+_PARTS = 32
 
 
 def scale_bar(grid: Grid, share: float = 0.3) -> tuple[float, str] | None:
@@ -24,7 +25,8 @@ def scale_bar(grid: Grid, share: float = 0.3) -> tuple[float, str] | None:
         share: Longest bar.
 
     Returns:
-        Share of the width, and the length as text; None where metres are not known.
+        Share of the width, and the length as text; None where metres are not known: the grid has no
+        reference system, or one that is nowhere on the globe.
     """
     width = _metres(grid)
     if width is None:
@@ -47,9 +49,15 @@ def extent_text(grid: Grid) -> str:
     """
     if grid.crs is None:
         return "No coordinate reference system."
-    west, south, east, north = grid.extent()
+    try:
+        west, south, east, north = grid.extent()
+    except RasterError:
+        return "A coordinate reference system without longitude and latitude."
     # About a metre for small pictures, a kilometre for large ones.
     digits = 5 if max(east - west, north - south) < 0.1 else 3
+    if east - west < 360:
+        # Across the antimeridian, one is beyond 180 degrees.
+        west, east = unwrapped(np.array([west, east]), 0).tolist()
     text = (
         f"{_degrees(south, 'SN', digits)} to {_degrees(north, 'SN', digits)}, "
         f"{_degrees(west, 'WE', digits)} to {_degrees(east, 'WE', digits)}"
@@ -87,25 +95,20 @@ def _weights(label: str | None) -> str:
 
 
 def _metres(grid: Grid) -> float | None:
-    """Width of the picture on the ground."""
+    """Length of the middle row on the ground, along great circles."""
     if grid.crs is None:
         return None
-    rasterio_module()
-    from rasterio.crs import CRS
-
-    crs = CRS.from_user_input(grid.crs)
-    a, _, _, d, _, _ = grid.transform
-    rows, columns = grid.shape[1:]
-    if crs.is_geographic:
-        _, y = grid.xy(np.array([rows / 2 - 0.5]), np.array([columns / 2 - 0.5]))
-        east, north = a * math.cos(math.radians(float(y[0]))) * _DEGREE, d * _DEGREE
-    else:
-        try:
-            _, factor = crs.linear_units_factor
-        except ValueError as error:
-            raise RasterError(f"the unit of the reference system is not known: {error}") from error
-        east, north = a * factor, d * factor
-    return math.hypot(east, north) * columns
+    right = np.linspace(0, grid.shape[2], _PARTS + 1)
+    x, y = grid.xy(np.full(len(right), grid.shape[1] / 2), right, (0, 0))
+    try:
+        lon, lat = (np.radians(v) for v in grid.lonlat(x, y))
+    except RasterError:
+        return None
+    # The haversine formula.
+    across = np.cos(lat[:-1]) * np.cos(lat[1:]) * np.sin(np.diff(lon) / 2) ** 2
+    parts = 2 * np.arcsin(np.sqrt(np.sin(np.diff(lat) / 2) ** 2 + across))
+    length = _RADIUS * float(parts.sum())
+    return length if math.isfinite(length) and length > 0 else None
 
 
 def _degrees(value: float, signs: str, digits: int) -> str:

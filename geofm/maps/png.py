@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from geofm.errors import MissingExtraError
+from geofm.embeddings.files import refuse_overwriting
+from geofm.errors import MissingExtraError, RasterError
 from geofm.maps.layers import Layer
 from geofm.maps.place import extent_text, origin_text, scale_bar
 from geofm.raster.cog import written
@@ -41,7 +42,7 @@ def write_png(
         attribution: Whose data it is, for the last line.
 
     Raises:
-        RasterError: It cannot be written, or the two do not overlap.
+        RasterError: It cannot be written, is what is shown, or the two do not overlap.
         MissingExtraError: matplotlib is not installed.
     """
     try:
@@ -49,6 +50,8 @@ def write_png(
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingExtraError("pictures need matplotlib: pip install 'geofm[raster]'") from error
+    shown = layer if base is None else base
+    refuse_overwriting(path, *layer.files, *shown.files)
     panels = [layer] if base is None else [replace(base, mark=layer.mark), layer.onto(base.grid)]
     rows, columns = panels[-1].pixels.shape[:2]
     # A long strip becomes neither a line nor a tower.
@@ -57,7 +60,7 @@ def write_png(
     drawn = min(_PANEL, high * columns / rows)
     legend = _legend_size(layer, width - 2 * _MARGIN)
     letters = int((width - 2 * _MARGIN) / 0.067)
-    words = [extent_text(panels[-1].grid), layer.note, origin_text(layer.grid), attribution]
+    words = [extent_text(shown.ground), layer.note, origin_text(layer.grid), attribution]
     foot = [line for text in words if text for line in textwrap.wrap(text, letters)]
     height = _TITLE + high + 2 * _MARGIN + 0.35 + legend[1] + _LINE * len(foot) + 0.1
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
@@ -73,8 +76,8 @@ def write_png(
         left = _MARGIN + number * (_PANEL + _MARGIN)
         axes = box(left, _MARGIN + _TITLE, drawn, high)
         _draw_panel(axes, panel)
-        shown = title if title is not None and panel is panels[-1] else panel.title
-        _text(figure, left, _MARGIN + 0.08, _short(shown, 58), (width, height), size=11)
+        name = title if title is not None and panel is panels[-1] else panel.title
+        _text(figure, left, _MARGIN + 0.08, _short(name, 58), (width, height), size=11)
     top = _MARGIN + _TITLE + high + 0.12
     _draw_scale(box(_MARGIN, top, drawn, 0.3), panels[-1])
     top += 0.35
@@ -85,9 +88,12 @@ def write_png(
     top += legend[1]
     for number, text in enumerate(foot):
         _text(figure, _MARGIN, top + _LINE * (number + 0.8), text, (width, height), size=8.5)
-    with written(path) as temporary:
-        # Without the date and the version of matplotlib: the same data, the same file.
-        figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+    try:
+        with written(path) as temporary:
+            # Without the date and the version of matplotlib: the same data, the same file.
+            figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
+    except OSError as error:
+        raise RasterError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _on_grey(panel: Layer) -> Any:

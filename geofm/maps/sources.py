@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,32 +13,46 @@ from typing import Any
 
 import numpy as np
 
-from geofm.embeddings.files import TABLES
-from geofm.embeddings.grids import Floats, Grid
+from geofm.embeddings.files import TABLES, EmbeddingsLike, lasting_tags
+from geofm.embeddings.grids import Embeddings, Floats, Grid
 from geofm.errors import DataNotFoundError, RasterError
 from geofm.maps.layers import (
     SIDE,
     Layer,
+    class_counts,
     class_layer,
     components_layer,
     ramp_layer,
     stretched,
+    thinned,
 )
 from geofm.maps.page import write_page
 from geofm.maps.png import write_png
-from geofm.raster.grids import decoded
-from geofm.raster.sources import SceneSource, Source, SourceLike, open_source, rasterio_module
+from geofm.raster.cog import CACHE_BYTES
+from geofm.raster.grids import Embedding, decoded
+from geofm.raster.sources import (
+    FileSource,
+    SceneSource,
+    Source,
+    SourceLike,
+    open_source,
+    rasterio_module,
+)
 from geofm.spectral import match_bands
 
 __all__ = ["open_layer", "true_colour_layer", "write_picture"]
 
+# Rows that are read together: whole tiles of most files, so that none is decoded twice.
+_STRIP = 512
 
-def open_layer(path: str | os.PathLike[str], *, title: str | None = None) -> Layer:
-    """What a file shows.
+
+def open_layer(source: EmbeddingsLike, *, title: str | None = None) -> Layer:
+    """What a file shows, or what a run gave back.
 
     Args:
-        path: Embeddings (components); a raster with one band of integers (classes, with the names
-            of its tag ``GEOFM_CLASSES`` and its colour table), or of floats (values).
+        source: Embeddings (components), as in `geofm.embeddings.read_embeddings`; a raster with one
+            band of integers (classes, with the names of its tag ``GEOFM_CLASSES`` and its colour
+            table), or of floats (values).
         title: None for what the file says.
 
     Returns:
@@ -45,40 +60,33 @@ def open_layer(path: str | os.PathLike[str], *, title: str | None = None) -> Lay
 
     Raises:
         DataNotFoundError: There is no such file.
-        RasterError: It cannot be read, or no cell has data.
+        RasterError: It cannot be read, no cell has data, or it is in memory and has one band, of
+            which nothing says whether it is classes or values.
         MissingExtraError: rasterio, pyarrow or zarr is not installed.
     """
-    path = Path(path)
+    if isinstance(source, Embedding) and source.path is not None:
+        source = source.path
+    if isinstance(source, Embedding) and source.shape[0] == 1:
+        raise RasterError(
+            "a grid of one band in memory may be classes or values; draw its values[0] with "
+            "class_layer or ramp_layer, or give an output file and open that"
+        )
+    if isinstance(source, Embedding | Embeddings):
+        return _titled(components_layer(source), title)
+    path = Path(source)
     if not path.exists():
         raise DataNotFoundError(f"there is no {path}")
     if path.suffix in (*TABLES, ".zarr"):
         return _titled(components_layer(path), title)
     rasterio = rasterio_module()
     try:
-        with rasterio.open(path) as file:
-            if file.count > 1:
-                return _titled(components_layer(path), title)
-            shape = (1, file.height, file.width)
-            crs = file.crs.to_wkt() if file.crs else None
-            grid = Grid(shape, tuple(file.transform)[:6], crs, file.tags())
-            shown = title or file.descriptions[0] or path.stem
-            values = file.read(1)
-            if values.dtype.kind in "iu" and file.scales == (1.0,) and file.offsets == (0.0,):
-                colours = _colour_table(file)
-                return class_layer(
-                    values,
-                    grid,
-                    title=shown,
-                    nodata=file.nodata,
-                    names=_class_names(grid.tags),
-                    colours=colours,
-                )
-            floats = decoded(values[None], file.nodata, file.scales, file.offsets)[0]
-            if values.dtype.kind == "f" and file.nodata is not None:
-                floats[values == file.nodata] = np.nan
-            return ramp_layer(floats, grid, title=shown)
+        with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), rasterio.open(path) as file:
+            if file.count == 1:
+                layer = _band_layer(file, title or file.descriptions[0] or path.stem)
+                return replace(layer, files=(path,))
     except rasterio.errors.RasterioError as error:
         raise RasterError(f"{path} cannot be read: {error}") from error
+    return _titled(components_layer(path), title)
 
 
 def true_colour_layer(
@@ -115,12 +123,14 @@ def true_colour_layer(
         title = "true colour"
         if len(names) < 3:
             names, title = [source.bands[0]], f"band {source.bands[0]}"
-        layers, grid = _every_nth(source, names, side)
+        layers, whole = _every_nth(source, names, side)
+        files = _files(source)
     finally:
         source.close()
     if len(layers) == 1:
         layers = np.repeat(layers, 3, axis=0)
-    return Layer(title, stretched(layers), grid)
+    grid, _ = thinned(whole, side)
+    return Layer(title, stretched(layers), grid, whole=whole, files=files)
 
 
 def write_picture(
@@ -144,7 +154,7 @@ def write_picture(
         The output.
 
     Raises:
-        RasterError: The name is of another kind, or it cannot be written.
+        RasterError: The name is of another kind, it is what is shown, or it cannot be written.
         MissingExtraError: matplotlib or Pillow is not installed.
     """
     path = Path(output)
@@ -163,18 +173,63 @@ def _titled(layer: Layer, title: str | None) -> Layer:
     return layer if title is None else replace(layer, title=title)
 
 
-def _class_names(tags: Mapping[str, str]) -> dict[int, str]:
-    """Names from 0 on: a JSON list, or divided by commas as `geofm.predict_raster` writes them."""
-    text = tags.get("GEOFM_CLASSES", "")
-    if not text:
-        return {}
-    if text.startswith("["):
-        try:
-            names = json.loads(text)
-        except ValueError as error:
-            raise RasterError(f"the tag GEOFM_CLASSES is no list of names: {error}") from error
+def _band_layer(file: Any, title: str) -> Layer:
+    """The only band of a raster, strip by strip: all of it may be too large for memory."""
+    shape = (1, file.height, file.width)
+    crs = file.crs.to_wkt() if file.crs else None
+    whole = Grid(shape, tuple(file.transform)[:6], crs, lasting_tags(file.tags()))
+    grid, step = thinned(whole, SIDE)
+    plain = file.scales == (1.0,) and file.offsets == (0.0,)
+    classes = plain and np.dtype(file.dtypes[0]).kind in "iu"
+    counts: Counter[int] = Counter()
+    strips = []
+    for top in range(0, file.height, _STRIP):
+        height = min(_STRIP, file.height - top)
+        window = rasterio_module().windows.Window(0, top, file.width, height)
+        strip = file.read(1, window=window, masked=True)
+        if classes:
+            # Shares are those of all cells, also of those that are not shown.
+            counts.update(class_counts(strip, None))
+        # A copy, so that the strip is freed.
+        strips.append(strip[-top % step :: step, ::step].copy())
+    stored = np.ma.concatenate(strips)  # type: ignore[no-untyped-call]
+    if classes:
+        layer = class_layer(
+            stored,
+            grid,
+            title=title,
+            nodata=None,
+            names=_class_names(grid.tags),
+            colours=_colour_table(file),
+            counts=counts,
+        )
     else:
-        names = text.split(",")
+        values = decoded(stored[np.newaxis], None, file.scales, file.offsets)[0]
+        layer = ramp_layer(values, grid, title=title)
+    return replace(layer, whole=whole)
+
+
+def _files(source: Source) -> tuple[Path, ...]:
+    """What an image is read from."""
+    if isinstance(source, SceneSource):
+        return tuple(Path(path) for path in source.files)
+    return (Path(source.path),) if isinstance(source, FileSource) else ()
+
+
+def _class_names(tags: Mapping[str, str]) -> dict[int, str]:
+    """Names from 0 on."""
+    text = tags.get("GEOFM_CLASSES")
+    if text is None:
+        return {}
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    if not isinstance(names, list):
+        raise RasterError(
+            f'the tag GEOFM_CLASSES must be a JSON list of names, like ["no data", "forest"]; got '
+            f"{text!r}"
+        )
     return {number: str(name) for number, name in enumerate(names)}
 
 
@@ -189,16 +244,15 @@ def _colour_table(file: Any) -> dict[int, tuple[int, int, int]]:
 
 
 def _every_nth(source: Source, names: Sequence[str], side: int) -> tuple[Floats, Grid]:
-    """Some bands with fewer pixels, strip by strip, NaN for no data."""
+    """Every n-th pixel of some bands, strip by strip, NaN for no data; and the grid of all."""
     step = math.ceil(max(source.height, source.width) / side)
-    # Whole tiles of a file at a time, so that none is decoded twice.
-    height = max(1, 512 // step) * step
+    # Of larger steps, single rows are enough.
+    height, every = (1, step) if step > _STRIP else (_STRIP // step * step,) * 2
     strips = []
-    for top in range(0, source.height, height):
+    for top in range(0, source.height, every):
         stored = source.read(names, top, 0, min(height, source.height - top), source.width)
         strips.append(np.ma.filled(stored[:, ::step, ::step].astype(np.float32), np.nan))
     pixels = np.concatenate(strips, axis=1)
-    a, b, c, d, e, f = source.transform
     tags = {"GEOFM_SOURCE": source.name} | ({"GEOFM_DATE": source.date} if source.date else {})
-    transform = (a * step, b * step, c, d * step, e * step, f)
-    return pixels, Grid((3, *pixels.shape[1:]), transform, source.crs, tags)
+    whole = Grid((3, source.height, source.width), source.transform, source.crs, tags)
+    return pixels, whole

@@ -153,7 +153,11 @@ class _GrnLinear(torch.autograd.Function):
         of_response = (of_relative - shared) / average
         # The norm of nothing but zeros has no slope.
         slope = torch.where(response > 0, of_response / response, 0)
-        of_sites = torch.addcmul(of_sites, sites, slope[:, None].to(kind))
+        if kind == torch.float16:
+            # The slope of a nearly silent channel is beyond float16, its product with sites is not.
+            of_sites = (of_sites + sites.float() * slope[:, None]).to(kind)
+        else:
+            of_sites = torch.addcmul(of_sites, sites, slope[:, None].to(kind))
         return (
             of_sites,
             (of_scale * relative).sum(0).to(gamma.dtype),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from geofm.errors import RasterError
 
-__all__ = ["DTYPES", "Codec", "Projection", "fit_projection", "fit_quantisation"]
+__all__ = ["DTYPES", "Codec", "Projection", "fit_projection", "fit_quantisation", "narrowed"]
 
 DTYPES = ("float32", "float16", "int8")
 Floats = NDArray[np.float32]
@@ -99,22 +99,12 @@ class Codec:
         Raises:
             RasterError: Values are not finite, or beyond the range of float16.
         """
-        if self.dtype == "uint8":
-            return np.where(enough, block.argmax(axis=0), self.nodata).astype(np.uint8)[None]
         if self.projection is not None:
             block = self.projection(block)
-        if self.dtype == "float16":
-            with np.errstate(over="ignore"):
-                block = block.astype(np.float16).astype(np.float32)
-        if not np.isfinite(block).all(where=enough):
-            raise RasterError(
-                "the model's output has values that are not finite"
-                + (
-                    "; float16 ends at 65504, use dtype='float32'"
-                    if self.dtype != "float32"
-                    else ""
-                )
-            )
+        kind = "float16" if self.dtype == "float16" else "float32"
+        block = narrowed(block, enough, kind).astype(np.float32, copy=False)
+        if self.dtype == "uint8":
+            return np.where(enough, block.argmax(axis=0), self.nodata).astype(np.uint8)[None]
         if self.dtype == "int8":
             assert self.scale is not None
             assert self.zero is not None
@@ -137,6 +127,30 @@ class Codec:
         if self.scale is not None and self.zero is not None:
             values = values * self.scale[:, None, None] + self.zero[:, None, None]
         return values
+
+
+def narrowed(block: Floats, enough: NDArray[np.bool_], dtype: str) -> NDArray[Any]:
+    """Values in the type in which they are kept.
+
+    Args:
+        block: (channels, rows, columns).
+        enough: (rows, columns), False where there is no data and anything may stand.
+        dtype: ``"float32"`` or ``"float16"``.
+
+    Returns:
+        (channels, rows, columns).
+
+    Raises:
+        RasterError: Values are not finite, or beyond the range of float16.
+    """
+    with np.errstate(over="ignore"):
+        narrow = block.astype(dtype, copy=False)
+    if not np.isfinite(narrow).all(where=enough):
+        raise RasterError(
+            "the model's output has values that are not finite"
+            + ("; float16 ends at 65504, use dtype='float32'" if dtype == "float16" else "")
+        )
+    return narrow
 
 
 def fit_projection(cells: Floats, components: int) -> Projection:

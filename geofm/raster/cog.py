@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from geofm.errors import RasterError
 from geofm.raster.sources import Coefficients, rasterio_module
 
-__all__ = ["COMPRESSIONS", "Layout", "array_to_cog", "raw_to_cog", "written"]
+__all__ = ["COMPRESSIONS", "Layout", "array_to_cog", "check_complete", "raw_to_cog", "written"]
 
 COMPRESSIONS = ("deflate", "zstd", "lzw", "none")
 
@@ -32,7 +32,7 @@ _SMALLEST = 512
 # What is halved at a time.
 _CHUNK_BYTES = 16 * 2**20
 # Left to itself, GDAL takes 5 % of the machine's memory.
-CACHE_BYTES = 192 * 2**20
+CACHE_BYTES = 128 * 2**20
 
 _GDAL = {"float32": "Float32", "int8": "Int8", "uint8": "Byte"}
 
@@ -104,7 +104,7 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
 def raw_to_cog(cells: Path, output: Path, layout: Layout) -> None:
     """Turn plain rows into a cloud-optimised GeoTIFF.
 
-    The work is done in the folder of `cells`; the output appears at once and complete.
+    The work is done in the folder of `cells`, which stay; the output appears at once and complete.
 
     Args:
         cells: (rows, bands, columns) in native byte order.
@@ -125,13 +125,10 @@ def raw_to_cog(cells: Path, output: Path, layout: Layout) -> None:
             rasterio.shutil.copy(
                 description, temporary, driver="COG", **_options(layout, overviews)
             )
-            _check(rasterio, temporary, layout)
+            check_complete(temporary, *layout.shape[1:])
         temporary.replace(output)
     except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError, OSError) as error:
-        raise RasterError(
-            f"cannot write {output}: {error}. All values are kept in {cells.parent}; see that the "
-            f"disk has room and run the same again"
-        ) from error
+        raise RasterError(f"cannot write {output}: {error}") from error
     finally:
         for path in made:
             path.unlink(missing_ok=True)
@@ -262,12 +259,21 @@ def _mean_of_four(cells: NDArray[Any], layout: Layout) -> NDArray[Any]:
     return np.where(count > 0, mean, layout.nodata).astype(layout.dtype)
 
 
-def _check(rasterio: Any, path: Path, layout: Layout) -> None:
-    """The last thing GDAL writes is there: it does not report every failure on closing."""
+def check_complete(path: Path, rows: int, columns: int) -> None:
+    """The last thing GDAL writes is there: it does not report every failure on closing.
+
+    Args:
+        path: A tiled GeoTIFF.
+        rows: How many it has.
+        columns: How many it has.
+
+    Raises:
+        OSError: Its last tile is not all there.
+    """
     size = path.stat().st_size
-    with rasterio.open(path) as file:
+    with rasterio_module().open(path) as file:
         side, _ = file.block_shapes[0]
-        column, row = (layout.shape[2] - 1) // side, (layout.shape[1] - 1) // side
+        column, row = (columns - 1) // side, (rows - 1) // side
         begin = file.get_tag_item(f"BLOCK_OFFSET_{column}_{row}", "TIFF", bidx=1)
         count = file.get_tag_item(f"BLOCK_SIZE_{column}_{row}", "TIFF", bidx=1)
         if begin is not None and int(begin) + int(count) > size:

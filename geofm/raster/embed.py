@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -28,7 +29,7 @@ from geofm.raster.networks import (
     features_of,
     running,
     weights_hash,
-    weights_label,
+    weights_tags,
 )
 from geofm.raster.picture import save_quicklook
 from geofm.raster.runs import Job, run, sample
@@ -45,7 +46,7 @@ _MAX_WINDOW_BYTES = 10e9
 # What a batch of windows is chosen to take.
 _BATCH_BYTES = 256e6
 # What a panel's strip of prepared pixels, and its unfinished cells, may take each.
-_PANEL_BYTES = 96e6
+_PANEL_BYTES = 64e6
 # What a result without a file may take.
 _MAX_RESULT_BYTES = 10e9
 
@@ -56,7 +57,8 @@ class Tiling:
 
     Attributes:
         window: Pixels along the side of a window; ``"tile"``: the size of the tiles the model was
-            trained on, side by side, so that each cell is what the model gives on that tile alone;
+            trained on, side by side, so that each cell is what the model gives on one tile alone
+            (`blend` has no part in it);
             ``"image"``: all in one pass; None: see `default_window`.
         overlap: Pixels that neighbouring windows share; None for a quarter of a window (none for
             ``"tile"`` and for one vector a window).
@@ -182,7 +184,7 @@ def embed_raster(
         output,
         bands,
         tiling,
-        lambda side: network,
+        network,
         _Stored(dtype, pca, compress, "pc" if pca else "embedding"),
         _Pixels(units, level, nodata, resampling, tuple(mask_classes), options),
         picture=picture,
@@ -273,7 +275,7 @@ def predict_raster(
         output,
         bands,
         tiling,
-        lambda side: classes_of(model, side, kind != "logits"),
+        classes_of(model, kind != "logits"),
         _Stored("uint8" if kind == "classes" else dtype, None, compress, names),
         _Pixels(units, level, nodata, resampling, tuple(mask_classes), options),
         picture=None,
@@ -314,7 +316,7 @@ def _run(
     output: str | os.PathLike[str] | None,
     bands: Sequence[str] | None,
     tiling: Tiling,
-    network_of: Any,
+    network: Network,
     stored: _Stored,
     pixels: _Pixels,
     *,
@@ -332,10 +334,10 @@ def _run(
     )
     rasterio = rasterio_module()
     try:
+        _check_kept(opened, output, picture)
         with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES), running(model, device) as place:
             prepare = _prepare(model, opened, pixels)
             side = _side(model, opened, tiling)
-            network = network_of(side)
             job = _job(model, opened, prepare, network, tiling, side, place)
             grid = _computed(
                 job, model, output, tiling, stored, place, progress=progress, resume=resume
@@ -407,7 +409,7 @@ def _job(
         none = tiling.window == "tile" or network.whole
         overlap = 0 if none else side // 4 // unit * unit
         # Cells of unpadded stems do not reach the window's edges.
-        overlap = max(overlap, 0 if network.whole else math.ceil(abs(network.offset)))
+        overlap = max(overlap, 0 if network.whole else math.ceil(network.offset))
         overlap += -overlap % unit
     if overlap % unit or overlap >= side:
         raise RasterError(
@@ -430,7 +432,8 @@ def _job(
         rows=axes[0],
         columns=axes[1],
         panels=panels(axes[1], _panel_width(prepare, channels, *axes)),
-        blend=tiling.blend,
+        # The last tile, moved back to end where the raster ends, shares cells with its neighbour.
+        blend="centre" if tiling.window == "tile" else tiling.blend,
         batch=tiling.batch_size or _batch_size(model, sides),
         min_valid=tiling.min_valid,
     )
@@ -493,7 +496,11 @@ def _computed(
     resume: bool,
 ) -> Embedding:
     transform = grid_transform(
-        job.source.transform, job.columns.spacing, job.columns.offset, job.rows.offset
+        job.source.transform,
+        job.columns.spacing,
+        job.columns.offset,
+        job.rows.offset,
+        job.rows.spacing,
     )
     tags = _tags(job, model, stored)
     place = (transform, job.source.crs, job.columns.spacing, job.columns.offset)
@@ -519,7 +526,13 @@ def _computed(
         store.prepare(codec, shape)
         run(job, store, device, progress)
         tags |= _codec_tags(codec)
-        raw_to_cog(store.cells, target, _layout(shape, codec, stored, place, tags))
+        try:
+            raw_to_cog(store.cells, target, _layout(shape, codec, stored, place, tags))
+        except RasterError as error:
+            raise RasterError(
+                f"{error}. All values are kept in {store.folder}; see that the disk has room and "
+                f"run the same again"
+            ) from error
         complete = True
     finally:
         store.close(remove=complete or store.worthless)
@@ -568,18 +581,12 @@ def _layout(
 
 
 def _tags(job: Job, model: nn.Module, stored: _Stored) -> dict[str, str]:
-    from geofm import __version__
-
     rows, columns = job.rows, job.columns
-    config: Any = getattr(model, "pretrained_cfg", None) or {}
     windows = (
         f"{rows.size} x {columns.size} px, every {_step(rows)} x {_step(columns)} px, {job.blend}"
     )
     tags = {
-        "GEOFM_VERSION": __version__,
-        "GEOFM_MODEL": str(config.get("architecture", type(model).__name__)),
-        "GEOFM_WEIGHTS": weights_label(model),
-        "GEOFM_WEIGHTS_HASH": weights_hash(model),
+        **weights_tags(model),
         "GEOFM_PREPARE": repr(job.prepare),
         "GEOFM_SOURCE": job.source.name,
         "GEOFM_VALUES": job.network.label,
@@ -588,7 +595,7 @@ def _tags(job: Job, model: nn.Module, stored: _Stored) -> dict[str, str]:
     if job.source.date:
         tags["GEOFM_DATE"] = job.source.date
     if not isinstance(stored.names, str):
-        tags["GEOFM_CLASSES"] = ",".join(stored.names)
+        tags["GEOFM_CLASSES"] = json.dumps(list(stored.names), ensure_ascii=False)
     return tags
 
 
@@ -617,6 +624,7 @@ def _plan(
         "torch": torch.__version__,
         "device": device.type,
         "source": job.source.identity(),
+        "bands": list(job.source.bands),
         "size": [job.source.height, job.source.width],
         "weights": weights_hash(model),
         "preprocessing": repr(job.prepare)
@@ -625,7 +633,7 @@ def _plan(
         "windows": [job.rows.size, job.columns.size, job.rows.starts[:3], job.columns.starts[:3]],
         "batch": job.batch,
         "panels": [dataclasses.astuple(panel) for panel in job.panels],
-        "blend": tiling.blend,
+        "blend": job.blend,
         "min_valid": tiling.min_valid,
         "stored": [stored.dtype, stored.pca],
     }
@@ -651,3 +659,17 @@ def _check_targets(
         if not path.parent.is_dir():
             raise RasterError(f"cannot write {target}: there is no folder {path.parent}")
         taken[path] = what
+
+
+def _check_kept(
+    source: Source,
+    output: str | os.PathLike[str] | None,
+    picture: str | os.PathLike[str] | None,
+) -> None:
+    """Refuse to overwrite one of a scene's files."""
+    if not isinstance(source, SceneSource):
+        return
+    files = {Path(path).resolve() for path in source.files}
+    for target in (output, picture):
+        if target is not None and Path(target).resolve() in files:
+            raise RasterError(f"{target} is a file of the scene that is read; name another output")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ __all__ = ["Embedding", "decoded", "grid_transform", "write_embedding"]
 
 # What `Embedding.values` reads of a file.
 _MAX_BYTES = 4e9
+# What is read at a time for a picture.
+_STRIP_BYTES = 64_000_000
 
 
 class Embedding:
@@ -27,7 +29,7 @@ class Embedding:
         values: (channels, rows, columns); None where they are in a file.
         transform: Affine coefficients of the grid, as in `RasterImage`.
         crs: As in `RasterImage`.
-        stride: Pixels of the image per cell.
+        stride: Pixels of the image per cell, along a row.
         offset: Where the first cell begins, in pixels from the image's left and top edges.
         tags: What made it: model, weights, preprocessing, windows, version.
         path: The file it was written to.
@@ -96,23 +98,52 @@ class Embedding:
         Returns:
             A grid with its values in memory.
         """
-        _, rows, columns = self.shape
-        factor = max(1.0, max(rows, columns) / side)
-        height, width = max(1, round(rows / factor)), max(1, round(columns / factor))
-        if self._values is not None:
-            row = (np.arange(height) + 0.5) * rows / height
-            column = (np.arange(width) + 0.5) * columns / width
-            values = self._values[:, row.astype(int)][:, :, column.astype(int)]
-        else:
-            rasterio = rasterio_module()
-            assert self.path is not None
-            with rasterio.open(self.path) as file:
-                stored = file.read(out_shape=(file.count, height, width))
-                values = decoded(stored, file.nodata, file.scales, file.offsets)
+        values = np.concatenate([*self.strips(side)], axis=1)
+        return Embedding(values, self.thinned(side), self.crs, self.stride, self.offset, self.tags)
+
+    def thinned(self, side: int) -> Coefficients:
+        """Affine coefficients of the grid with fewer cells.
+
+        Args:
+            side: As in `reduced`.
+        """
+        (rows, columns), (height, width) = self.shape[1:], self._size(side)
         a, b, c, d, e, f = self.transform
         down, right = rows / height, columns / width
-        transform = (a * right, b * down, c, d * right, e * down, f)
-        return Embedding(values, transform, self.crs, self.stride, self.offset, self.tags)
+        return a * right, b * down, c, d * right, e * down, f
+
+    def _size(self, side: int) -> tuple[int, int]:
+        _, rows, columns = self.shape
+        factor = max(1.0, max(rows, columns) / side)
+        return max(1, round(rows / factor)), max(1, round(columns / factor))
+
+    def strips(self, side: int) -> Iterator[NDArray[np.float32]]:
+        """The values of the grid with fewer cells, some rows at a time.
+
+        Args:
+            side: As in `reduced`.
+
+        Yields:
+            (channels, some rows, columns), from top to bottom.
+        """
+        channels, rows, columns = self.shape
+        height, width = self._size(side)
+        some = max(1, _STRIP_BYTES // (4 * channels * width))
+        for top in range(0, height, some):
+            end = min(height, top + some)
+            if self._values is not None:
+                row = (np.arange(top, end) + 0.5) * rows / height
+                column = (np.arange(width) + 0.5) * columns / width
+                yield self._values[:, row.astype(int)][:, :, column.astype(int)]
+                continue
+            rasterio = rasterio_module()
+            assert self.path is not None
+            window = rasterio.windows.Window(
+                0, top * rows / height, columns, (end - top) * rows / height
+            )
+            with rasterio.open(self.path) as file:
+                stored = file.read(window=window, out_shape=(file.count, end - top, width))
+                yield decoded(stored, file.nodata, file.scales, file.offsets)
 
 
 def decoded(
@@ -124,43 +155,53 @@ def decoded(
     """Values of stored numbers.
 
     Args:
-        stored: (bands, rows, columns).
-        nodata: Stored value of cells without data.
+        stored: (bands, rows, columns), which may be masked where there is no data.
+        nodata: Stored value of cells without data; None if there is none.
         scales: Of each band.
         zeros: Of each band: value = stored · scale + zero.
 
     Returns:
         float32, NaN where there is no data.
     """
-    values = stored.astype(np.float32)
-    if stored.dtype.kind != "f":
-        values[stored == nodata] = np.nan
-        scale, zero = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (scales, zeros))
+    plain, mask = np.ma.getdata(stored), np.ma.getmask(stored)
+    values: NDArray[np.float32] = plain.astype(np.float32)
+    if mask is not np.ma.nomask:
+        values[mask] = np.nan
+    if nodata is not None:
+        values[plain == nodata] = np.nan
+    scale, zero = (np.asarray(v, dtype=np.float32)[:, None, None] for v in (scales, zeros))
+    if (scale != 1).any() or zero.any():
         values = values * scale + zero
     return values
 
 
 def grid_transform(
-    image: Coefficients, stride: float, column_offset: float, row_offset: float
+    image: Coefficients,
+    stride: float,
+    column_offset: float,
+    row_offset: float,
+    row_stride: float | None = None,
 ) -> Coefficients:
     """Affine coefficients of a grid of cells over an image, which may be rotated.
 
     Args:
         image: Those of the image.
-        stride: Pixels per cell.
+        stride: Pixels per cell, along a row.
         column_offset: Where the first cell begins, in pixels from the left edge.
         row_offset: Where it begins, in pixels from the top edge.
+        row_stride: Pixels from row to row of cells; None: as along a row.
 
     Returns:
         Those of the grid.
     """
     a, b, c, d, e, f = image
+    down = stride if row_stride is None else row_stride
     return (
         a * stride,
-        b * stride,
+        b * down,
         c + a * column_offset + b * row_offset,
         d * stride,
-        e * stride,
+        e * down,
         f + d * column_offset + e * row_offset,
     )
 

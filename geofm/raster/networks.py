@@ -25,11 +25,12 @@ __all__ = [
     "running",
     "weights_hash",
     "weights_label",
+    "weights_tags",
 ]
 
 logger = logging.getLogger(__name__)
 
-# Windows are about this large unless a model says otherwise; benchmarks/raster_windows in the docs.
+# Windows are about this large unless a model says otherwise (benchmarks/window_shift.py).
 _WINDOW = 224
 
 
@@ -124,13 +125,12 @@ def _pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return apply
 
 
-def classes_of(model: nn.Module, window: int, probabilities: bool) -> Network:
+def classes_of(model: nn.Module, probabilities: bool) -> Network:
     """Class scores: of every pixel, of every cell, or of every window, as the model has it.
 
     Args:
         model: A model with a head: a U-Net (pixels), a classifier without pooling (cells), or a
             classifier with pooling (windows).
-        window: A size at which to try it, in px.
         probabilities: Give the softmax of the scores.
 
     Returns:
@@ -153,9 +153,11 @@ def classes_of(model: nn.Module, window: int, probabilities: bool) -> Network:
             scores = scores[:, :, None, None]
         return scores.float().softmax(dim=1) if probabilities else scores
 
-    size = window + -window % unit
+    # What kind of answer it gives shows on one tile.
+    spec = input_spec_of(model)
+    size = spec.size + -spec.size % unit
     with running(model) as device, torch.inference_mode():
-        scores = model(torch.zeros(1, len(input_spec_of(model).bands), size, size, device=device))
+        scores = model(torch.zeros(1, len(spec.bands), size, size, device=device))
     label = "probabilities" if probabilities else "scores"
     if scores.ndim == 2:
         return Network(apply, unit, unit, 0.0, True, f"{label} of windows")
@@ -244,7 +246,7 @@ def running(model: nn.Module, device: torch.device | str | None = None) -> Itera
     """
     first = next(model.parameters(), None)
     home = first.device if first is not None else torch.device("cpu")
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         target = torch.device(device) if device is not None else home
@@ -256,7 +258,8 @@ def running(model: nn.Module, device: torch.device | str | None = None) -> Itera
             raise RasterError(f"the model cannot run on {device}: {error}") from error
         raise
     finally:
-        model.train(training)
+        for module, was in training:
+            module.training = was
         model.to(home)
 
 
@@ -271,6 +274,30 @@ def weights_label(model: nn.Module) -> str:
     """
     origin = getattr(model, "weights_origin", None)
     return str(origin) if origin else "untrained (random initialisation)"
+
+
+def weights_tags(model: nn.Module, digest: str | None = None) -> dict[str, str]:
+    """What every output says about the model that made it.
+
+    Args:
+        model: A model from `create_model`.
+        digest: Its `weights_hash`, to save computing it again.
+
+    Returns:
+        Version of geofm; architecture; name of the weights, their hash and, where a card states it,
+        their licence.
+    """
+    from geofm import __version__
+
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    card: Any = getattr(model, "card", None)
+    tags = {
+        "GEOFM_VERSION": __version__,
+        "GEOFM_MODEL": str(config.get("architecture", type(model).__name__)),
+        "GEOFM_WEIGHTS": weights_label(model),
+        "GEOFM_WEIGHTS_HASH": digest or weights_hash(model),
+    }
+    return tags if card is None else {**tags, "GEOFM_LICENCE": card.licence.weights}
 
 
 def weights_hash(model: nn.Module) -> str:

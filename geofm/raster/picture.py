@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from geofm.errors import MissingExtraError
+from geofm.raster.codecs import fit_projection
 from geofm.raster.cog import written
 from geofm.raster.grids import Embedding
-from geofm.raster.sources import RasterImage, Source
+from geofm.raster.sources import Coefficients, RasterImage, Source
 from geofm.spectral import match_bands
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ __all__ = ["principal_components", "quicklook", "save_quicklook", "thumbnail"]
 
 # Longer side of an image in a picture, in px.
 _SIDE = 1024
+# Longer side of the grid from which a picture's components are fitted, in cells.
+_SAMPLE_SIDE = 256
 
 
 def principal_components(values: NDArray[np.float32], components: int = 3) -> NDArray[np.float32]:
@@ -33,21 +36,36 @@ def principal_components(values: NDArray[np.float32], components: int = 3) -> ND
         components: How many.
 
     Returns:
-        (components, rows, columns), NaN where the input is; each component's sign is such that its
-        largest loading is positive.
+        (components, rows, columns), NaN where the input is and where there are fewer components;
+        each component's sign is such that its largest loading is positive.
     """
-    channels, rows, columns = values.shape
-    cells = torch.from_numpy(values.reshape(channels, -1).T.copy()).double()
-    valid = torch.isfinite(cells).all(dim=1)
-    out = torch.full((rows * columns, components), torch.nan, dtype=torch.float64)
-    if int(valid.sum()) > 0:
-        centred = cells[valid] - cells[valid].mean(dim=0)
-        _, vectors = torch.linalg.eigh(centred.T @ centred)
-        loadings = vectors.flip(1)[:, :components]
-        largest = loadings.abs().argmax(dim=0)
-        loadings = loadings * torch.sign(loadings[largest, torch.arange(loadings.shape[1])])
-        out[valid, : loadings.shape[1]] = centred @ loadings
-    return out.T.reshape(components, rows, columns).float().numpy()
+    cells = values.reshape(len(values), -1).T
+    cells = cells[np.isfinite(cells).all(axis=1)]
+    return _projected(cells, [values], components)
+
+
+def _projected(
+    cells: NDArray[np.float32], strips: Iterable[NDArray[np.float32]], components: int
+) -> NDArray[np.float32]:
+    """Principal components of cells, (n, channels), as a map of strips."""
+    count = min(components, *cells.shape)
+    fitted = fit_projection(cells, count) if count else None
+    rows = []
+    for strip in strips:
+        out = np.full((components, *strip.shape[1:]), np.nan, np.float32)
+        if fitted is not None:
+            # NaN in one channel is NaN in all components.
+            out[:count] = fitted(strip)
+        rows.append(out)
+    return np.concatenate(rows, axis=1)
+
+
+def _components(embedding: Embedding, side: int) -> NDArray[np.float32]:
+    """Three components of an embedding with fewer cells, fitted to still fewer."""
+    sample = embedding.reduced(min(side, _SAMPLE_SIDE)).values
+    cells = sample.reshape(len(sample), -1).T
+    cells = cells[np.isfinite(cells).all(axis=1)]
+    return _projected(cells, embedding.strips(side), 3)
 
 
 def quicklook(image: RasterImage, embedding: Embedding, sensor: str = "sentinel2") -> Image:
@@ -77,10 +95,9 @@ def quicklook(image: RasterImage, embedding: Embedding, sensor: str = "sentinel2
     nearest = PILImage.Resampling.NEAREST
     left_title, colour = _true_colour(image, sensor)
     left = PILImage.fromarray(colour).resize(size, nearest)
-    components = _stretch(principal_components(embedding.values))
+    cells = PILImage.fromarray(_stretch(_components(embedding, _SIDE)))
     # Cells may reach beyond the image, and may begin before it: paste them where they are.
-    cells = PILImage.fromarray(components)
-    begin, (right_cell, down_cell) = _place(image, embedding)
+    begin, (right_cell, down_cell) = _place(image, embedding.thinned(_SIDE))
     right = PILImage.new("RGB", size)
     extent = (
         max(1, round(cells.width * right_cell * scale)),
@@ -122,53 +139,64 @@ def save_quicklook(
         RasterError: It cannot be written.
         MissingExtraError: Pillow is not installed.
     """
-    small = embedding.reduced(_SIDE)
     with written(path) as temporary:
-        quicklook(thumbnail(source), small, sensor).save(temporary, format="PNG")
+        quicklook(thumbnail(source, sensor), embedding, sensor).save(temporary, format="PNG")
 
 
-def thumbnail(source: Source, side: int = _SIDE) -> RasterImage:
-    """An image, with fewer pixels if it is large: each n-th, read strip by strip.
+def thumbnail(source: Source, sensor: str, side: int = _SIDE) -> RasterImage:
+    """What a picture shows of an image, with fewer pixels if it is large: each n-th.
 
     Args:
         source: The image.
+        sensor: Sensor whose names its bands are.
         side: Pixels along its longer side, at most.
 
     Returns:
-        The image, with its own bands and a georeference to match.
+        Its red, green and blue, or else its first band, with a georeference to match.
     """
+    shown = _shown(source.bands, sensor)
+    bands = [source.bands[index] for index in shown] if shown else [source.bands[0]]
     step = math.ceil(max(source.height, source.width) / side)
-    # Whole tiles of a file at a time, so that none is decoded twice.
-    height = max(1, 512 // step) * step
-    rows = []
+    # Whole tiles of a file at a time, so that few are decoded twice; and not all of a wide image.
+    height, width = (max(1, size // step) * step for size in (512, 8192))
+    rows: list[Any] = []
     for top in range(0, source.height, height):
         count = min(height, source.height - top)
-        stored = source.read(source.bands, top, 0, count, source.width)
-        rows.append(stored[:, ::step, ::step].copy())
+        parts = []
+        for left in range(0, source.width, width):
+            stored = source.read(bands, top, left, count, min(width, source.width - left))
+            parts.append(stored[:, ::step, ::step].copy())
+        rows.append(np.ma.concatenate(parts, axis=2))  # type: ignore[no-untyped-call]
     a, b, c, d, e, f = source.transform
     transform = (a * step, b * step, c, d * step, e * step, f)
     pixels: Any = np.ma.concatenate(rows, axis=1)  # type: ignore[no-untyped-call]
-    return RasterImage(pixels, source.bands, transform, source.crs)
+    return RasterImage(pixels, tuple(bands), transform, source.crs)
 
 
 def _place(
-    image: RasterImage, embedding: Embedding
+    image: RasterImage, grid: Coefficients
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Where cells begin, and how large they are, in pixels of the image: right, down."""
     a, b, c, d, e, f = image.transform
     area = a * e - b * d
-    ga, gb, gc, gd, ge, gf = embedding.transform
+    ga, gb, gc, gd, ge, gf = grid
     x, y = gc - c, gf - f
     begin = ((e * x - b * y) / area, (a * y - d * x) / area)
     return begin, ((e * ga - b * gd) / area, (a * ge - d * gb) / area)
 
 
-def _true_colour(image: RasterImage, sensor: str) -> tuple[str, NDArray[np.uint8]]:
+def _shown(bands: Sequence[str], sensor: str) -> list[int]:
+    """Places of red, green and blue among bands; none if one of them is missing."""
     found = match_bands(
-        ["red", "green", "blue"], image.bands, wanted_sensor=sensor, available_sensor=sensor
+        ["red", "green", "blue"], bands, wanted_sensor=sensor, available_sensor=sensor
     )
     indices = [match.index for match in found if match.index is not None]
-    if len(indices) == 3:
+    return indices if len(indices) == 3 else []
+
+
+def _true_colour(image: RasterImage, sensor: str) -> tuple[str, NDArray[np.uint8]]:
+    indices = _shown(image.bands, sensor)
+    if indices:
         return "true colour", _stretch(_filled(image.pixels[indices]))
     grey = _filled(image.pixels[:1])
     return f"band {image.bands[0]}", _stretch(np.repeat(grey, 3, axis=0))

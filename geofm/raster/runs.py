@@ -1,10 +1,11 @@
-"""The loop: a thread reads, this one computes and blends, another one writes."""
+"""The loop: a thread reads, this one computes, another one blends, and one writes."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from geofm.raster.windows import Axis, Panel
 
 __all__ = ["Job", "run", "sample"]
 
-# Blocks that may wait for the writer.
+# Blocks that may wait for the writer, and batches that may wait to be blended.
 _WAITING = 2
 # Windows and cells from which components and scales are fitted.
 _SAMPLE_WINDOWS, _SAMPLE_TRIES, _SAMPLE_CELLS = 64, 512, 1024
@@ -99,72 +100,86 @@ def run(job: Job, store: Store, device: torch.device, progress: bool | None) -> 
     with (
         tqdm(total=total, unit="window", smoothing=0.05, disable=hidden) as bar,
         ThreadPoolExecutor(1, "geofm-read") as reading,
+        ThreadPoolExecutor(1, "geofm-blend") as blending,
         ThreadPoolExecutor(1, "geofm-write") as writing,
     ):
-        writer = _Writer(store, writing)
+        writer = _InOrder(writing)
         for number, panel, done in todo:
-            if done == count:
-                continue
-            for row, place, block, enough in _blocks(job, panel, done, device, reading):
-                writer.put(number, row, place, block, enough)
-                bar.update(panel.end - panel.begin)
+            if done < count:
+                write = functools.partial(writer.put, store.write, number)
+                _panel(job, panel, done, device, reading, _InOrder(blending), write, bar)
         writer.finish()
 
 
-class _Writer:
-    """Hands blocks to a thread that writes them, in order, and none after one that failed."""
+class _InOrder:
+    """Hands work to a thread that does it in order, and nothing after something that failed."""
 
-    def __init__(self, store: Store, thread: ThreadPoolExecutor) -> None:
-        self.store, self.thread = store, thread
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self.thread = thread
         self.failed = False
         self.pending: deque[Future[None]] = deque()
 
-    def put(self, *block: Any) -> None:
-        """Have a block written; waits while others wait.
+    def put(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Have something done; waits while other work waits, and raises what that raised.
 
         Args:
-            *block: As `Store.write` takes it.
+            work: What to call.
+            *arguments: With what.
         """
         while len(self.pending) >= _WAITING:
             self.pending.popleft().result()
-        self.pending.append(self.thread.submit(self._write, block))
+        self.pending.append(self.thread.submit(self._do, work, arguments))
 
     def finish(self) -> None:
-        """Wait until all blocks are written."""
+        """Wait until all is done."""
         while self.pending:
             self.pending.popleft().result()
 
-    def _write(self, block: tuple[Any, ...]) -> None:
+    def _do(self, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
         if self.failed:
             return
-        # Until it is written: an error of any kind leaves it so.
+        # Until it is done: an error of any kind leaves it so.
         self.failed = True
-        self.store.write(*block)
+        work(*arguments)
         self.failed = False
 
 
-def _blocks(
-    job: Job, panel: Panel, done: int, device: torch.device, reading: ThreadPoolExecutor
-) -> Iterator[tuple[int, tuple[int, int], NDArray[np.float32], NDArray[np.bool_]]]:
-    """Finished blocks of a panel, from row of windows `done` on."""
+def _panel(
+    job: Job,
+    panel: Panel,
+    done: int,
+    device: torch.device,
+    reading: ThreadPoolExecutor,
+    blender: _InOrder,
+    write: Callable[..., None],
+    bar: Any,
+) -> None:
+    """Compute a panel from row of windows `done` on, and have its blocks written."""
     rows, columns = job.rows, job.columns
     reader = job.reader(panel)
+    blend = _Blend(job, panel)
+    left = columns.owned(panel.own)[0]
+
+    def finish(row: int, enough: NDArray[np.bool_]) -> None:
+        first, last = rows.owned(row)
+        block, covered = blend.take(last - first)
+        if row >= done:
+            # A cell may reach out of its window and have its only data there.
+            write(row, (first, left), block, enough & covered)
+
     # Windows above reach into the first block.
     begin = rows.first_over(done)
-    blend = _Blend(job, panel)
     strip = reading.submit(reader.read, begin)
     for row in range(begin, len(rows.starts)):
         current = strip.result()
         if row + 1 < len(rows.starts):
             strip = reading.submit(reader.read, row + 1)
         for indices, pixels in _batches(job, panel, current):
-            values = _apply(job.network, pixels, device)
-            for index, value in zip(indices, values, strict=True):
-                blend.add(row, index, value)
-        first, last = rows.owned(row)
-        block = blend.take(last - first)
+            blender.put(blend.add, row, indices, _apply(job.network, pixels, device))
+        blender.put(finish, row, current.enough)
         if row >= done:
-            yield row, (first, columns.owned(panel.own)[0]), block, current.enough
+            bar.update(panel.end - panel.begin)
+    blender.finish()
 
 
 def _batches(job: Job, panel: Panel, strip: Strip) -> Iterator[tuple[Sequence[int], Tensor]]:
@@ -205,14 +220,18 @@ class _Blend:
         self.mean = np.zeros((job.channels, job.rows.cells, reach), dtype=np.float32)
         self.weight = np.zeros((job.rows.cells, reach), dtype=np.float32)
 
-    def add(self, row: int, column: int, value: NDArray[np.float32]) -> None:
-        """Take the values of a window.
+    def add(self, row: int, columns: Sequence[int], values: NDArray[np.float32]) -> None:
+        """Take the values of windows.
 
         Args:
-            row: Its row of windows, the current one.
-            column: Its column of windows.
-            value: (channels, rows, columns).
+            row: Their row of windows, the current one.
+            columns: Their columns of windows.
+            values: (windows, channels, rows, columns).
         """
+        for column, value in zip(columns, values, strict=True):
+            self._add(row, column, value)
+
+    def _add(self, row: int, column: int, value: NDArray[np.float32]) -> None:
         expected = (len(self.mean), self.rows.cells, self.columns.cells)
         if value.shape != expected:
             raise ModelError(f"the model gives {value.shape} for a window, not {expected}")
@@ -227,22 +246,23 @@ class _Blend:
         mean = self.mean[:, :, place]
         mean += share * (value - mean)
 
-    def take(self, rows: int) -> NDArray[np.float32]:
+    def take(self, rows: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """The uppermost cells, which are final, and go on to those below.
 
         Args:
             rows: How many.
 
         Returns:
-            (channels, rows, columns) of the panel's own cells.
+            (channels, rows, columns) of the panel's own cells, and which of them a window brought.
         """
         final = self.mean[:, :rows, self.skip : self.width].copy()
+        covered = self.weight[:rows, self.skip : self.width] > 0
         for array in (self.mean, self.weight):
             # numpy minds the overlap.
             kept = array.shape[-2] - rows
             array[..., :kept, :] = array[..., rows:, :]
             array[..., kept:, :] = 0
-        return final
+        return final, covered
 
 
 @torch.inference_mode()

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 import numpy as np
 
 from geofm.errors import BandError, MissingExtraError, RasterError
+from geofm.scenes.files import is_remote, shown
 
 if TYPE_CHECKING:
-    from geofm.scenes import Scene
+    from geofm.scenes import Scene, SceneBand
 
 __all__ = ["Coefficients", "RasterImage", "Source", "SourceLike", "open_source", "read_image"]
 
@@ -108,7 +109,9 @@ class FileSource:
     def __init__(self, path: str | os.PathLike[str], bands: Sequence[str] | None) -> None:
         self.rasterio = rasterio_module()
         self.path = path
-        self.name = Path(path).name
+        # Without an address's query, which may hold a signature.
+        self.shown = shown(os.fspath(path))
+        self.name = Path(self.shown).name
         self.date: str | None = None
         with warnings.catch_warnings():
             # Said below, in the same words as a missing CRS.
@@ -116,7 +119,8 @@ class FileSource:
             try:
                 self.file = self.rasterio.open(path)
             except self.rasterio.errors.RasterioError as error:
-                raise RasterError(f"{path} cannot be read as a raster: {error}") from error
+                reason = str(error).replace(os.fspath(path), self.shown)
+                raise RasterError(f"{self.shown} cannot be read as a raster: {reason}") from error
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._describe(bands)
@@ -130,22 +134,22 @@ class FileSource:
         if bands is None:
             if not all(file.descriptions):
                 raise BandError(
-                    f"{self.path} has {file.count} bands without names; name them in order, for "
+                    f"{self.shown} has {file.count} bands without names; name them in order, for "
                     f"example bands=['B1', 'B2', ...] (on the command line: --bands B1,B2,...)"
                 )
             bands = [str(name) for name in file.descriptions]
         if len(bands) != file.count:
-            raise BandError(f"{self.path} has {file.count} bands, {len(bands)} are named: {bands}")
+            raise BandError(f"{self.shown} has {file.count} bands, {len(bands)} are named: {bands}")
         for dtype in file.dtypes:
             if dtype.startswith("complex"):
                 raise RasterError(
-                    f"{self.path} has {dtype} pixels; integers or floats are needed. For radar, "
+                    f"{self.shown} has {dtype} pixels; integers or floats are needed. For radar, "
                     f"take the amplitude or the intensity first"
                 )
         scaled = sorted({*zip(file.scales, file.offsets, strict=True)} - {(1.0, 0.0)})
         if scaled:
             warnings.warn(
-                f"{self.path} declares scales and offsets {scaled}, which are not applied: "
+                f"{self.shown} declares scales and offsets {scaled}, which are not applied: "
                 f"its stored values are taken as they are. Say what they mean with units= and "
                 f"offset=",
                 stacklevel=5,
@@ -159,19 +163,19 @@ class FileSource:
         try:
             return self.file.read(numbers, window=window, masked=True)  # type: ignore[no-any-return]
         except self.rasterio.errors.RasterioError as error:
+            reason = str(error).replace(os.fspath(self.path), self.shown)
             raise RasterError(
-                f"{self.path} cannot be read at rows {top} to {top + height}, columns {left} to "
-                f"{left + width}: {error}. Is the file complete? Fetch it again"
+                f"{self.shown} cannot be read at rows {top} to {top + height}, columns {left} to "
+                f"{left + width}: {reason}. Is the file complete? Fetch it again"
             ) from error
 
     def identity(self) -> str:
         """Name, size and time of the file: hashing it would take as long as reading it."""
-        path = Path(self.path)
-        if not path.exists():
+        found = _size_and_time(os.fspath(self.path))
+        if found is None:
             # Something that GDAL reads and that is no file, such as /vsicurl/...
-            return f"{self.path} {self.height}x{self.width}"
-        stat = path.stat()
-        return f"{path.name} {stat.st_size} bytes of {stat.st_mtime_ns}"
+            return f"{self.shown} {self.height}x{self.width}"
+        return f"{self.name} {found[0]} bytes of {found[1]}"
 
     def close(self) -> None:
         """Close the file."""
@@ -249,7 +253,7 @@ class SceneSource:
         self.scene = scene
         self.resampling, self.mask_classes = resampling, tuple(mask_classes)
         self.bands = tuple(scene.bands)
-        self.name = Path(scene.source).name or "scene"
+        self.name = Path(shown(scene.source)).name or "scene"
         self.height, self.width = scene.height, scene.width
         self.transform: Coefficients = tuple(scene.transform)[:6]
         self.crs = scene.crs.to_wkt() if scene.crs else None
@@ -268,12 +272,20 @@ class SceneSource:
         scene = self.scene
         known = (scene.units, scene.level, scene.offset, scene.nodata, scene.sensor)
         parts: list[Any] = [self.name, known, self.resampling, self.mask_classes, self.transform]
-        extra = [scene.classification] if scene.classification else []
-        for band in (*scene.bands.values(), *extra):
-            path = Path(band.path)
-            stat = path.stat() if path.exists() else None
-            parts.append((band, stat and (stat.st_size, stat.st_mtime_ns)))
+        for band in self._layers():
+            # An address signed anew is the same address.
+            layer = dataclasses.replace(band, path=shown(band.path))
+            parts.append((layer, _size_and_time(band.path)))
         return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Paths of what is read, without addresses."""
+        return tuple(band.path for band in self._layers() if not is_remote(band.path))
+
+    def _layers(self) -> list[SceneBand]:
+        extra = [self.scene.classification] if self.scene.classification else []
+        return [*self.scene.bands.values(), *extra]
 
     def close(self) -> None:
         """Close the scene's files."""
@@ -326,7 +338,17 @@ def open_source(
 def _is_product(path: str | os.PathLike[str]) -> bool:
     """Whether a path is of more than one file, so that `open_scene` has to sort them out."""
     name = os.fspath(path)
-    return "*" in name or Path(name).suffix.lower() in (".json", ".xml") or Path(name).is_dir()
+    if Path(shown(name)).suffix.lower() in (".json", ".xml"):
+        return True
+    return not is_remote(name) and (any(mark in name for mark in "*?") or Path(name).is_dir())
+
+
+def _size_and_time(path: str) -> tuple[int, int] | None:
+    """Of a file; None of what is none, such as an address."""
+    if is_remote(path) or not Path(path).exists():
+        return None
+    stat = Path(path).stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def _check_place(source: Source) -> None:

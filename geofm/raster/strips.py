@@ -87,9 +87,15 @@ class StripReader:
         self.end = columns.starts[panel.end - 1] + columns.size
         # What is in memory of the raster: rows from `top` on.
         self.top = self.bottom = 0
-        self.pixels = torch.empty(0)
         self.valid = np.zeros((0, 0), dtype=bool)
+        # Two rows of windows in turns: the last one is in use while the next one is read.
+        width = min(self.end, columns.length) - self.left
+        shape = (len(prepare.spec.bands), rows.size + self.before, width)
+        self._rooms = [torch.empty(shape), torch.empty(shape)]
+        self.pixels = self._rooms[0][:, :0]
 
+    # As where the network runs: the tensors are those of one mode, whichever thread reads.
+    @torch.inference_mode()
     def read(self, row: int) -> Strip:
         """Read a row of windows. Rows must be asked for in order.
 
@@ -97,7 +103,7 @@ class StripReader:
             row: Its number.
 
         Returns:
-            Its pixels.
+            Its pixels, in memory that the next but one row takes again.
 
         Raises:
             RasterError: The source cannot be read.
@@ -114,22 +120,21 @@ class StripReader:
         return Strip(pixels, self.left, self._filled(start - top), enough)
 
     def _advance(self, top: int, bottom: int) -> None:
-        if top >= self.bottom:
-            self.top = self.bottom = top
-            self.pixels, self.valid = self._load(top, bottom)
-        else:
-            kept = top - self.top
-            self.valid = self.valid[kept:]
-            self.pixels = self.pixels[:, kept:]
-            if bottom > self.bottom:
-                pixels, valid = self._load(self.bottom, bottom)
-                self.pixels = torch.cat((self.pixels, pixels), dim=1)
-                self.valid = np.concatenate((self.valid, valid))
+        self._rooms.reverse()
+        pixels = self._rooms[0][:, : bottom - top]
+        # Rows that are there already, of the last window's.
+        kept = max(0, self.bottom - top)
+        skip = top - self.top
+        pixels[:, :kept] = self.pixels[:, skip : skip + kept]
+        valid = [self.valid[skip : skip + kept]] if kept else []
+        if top + kept < bottom:
+            valid.append(self._load(top + kept, bottom, pixels[:, kept:]))
+        self.pixels, self.valid = pixels, np.concatenate(valid)
         self.top, self.bottom = top, bottom
 
-    def _load(self, top: int, bottom: int) -> tuple[Tensor, NDArray[np.bool_]]:
+    def _load(self, top: int, bottom: int, prepared: Tensor) -> NDArray[np.bool_]:
+        """Read rows into `prepared`; which of their pixels have data."""
         height, right = bottom - top, min(self.end, self.columns.length)
-        prepared = torch.empty(len(self.prepare.spec.bands), height, right - self.left)
         valid = np.empty((height, right - self.left), dtype=bool)
         # Multiples of 512, as files are in tiles of 256 or 512 and would be decoded twice.
         step = max(512, _AT_ONCE // max(height, 1) // 512 * 512)
@@ -139,7 +144,7 @@ class StripReader:
             place = slice(begin - self.left, end - self.left)
             prepared[:, :, place] = self.prepare(stored)
             valid[:, place] = has_data(stored, self.prepare.nodata)
-        return prepared, valid
+        return valid
 
     def _continued(self, pixels: Tensor, height: int, width: int) -> Tensor:
         below, right = height - pixels.shape[1], width - pixels.shape[2]
@@ -194,8 +199,12 @@ def has_data(pixels: np.ma.MaskedArray[Any, Any], nodata: Sequence[float]) -> ND
         (rows, columns).
     """
     present = ~np.ma.getmaskarray(pixels)
+    data = pixels.data
+    if data.dtype.kind == "f":
+        # As `Preprocess` sees them, in float32; what is too large for it is infinite.
+        with np.errstate(over="ignore"):
+            data = data.astype(np.float32, copy=False)
+        present &= np.isfinite(data)
     for value in nodata:
-        present &= pixels.data != value
-    if pixels.dtype.kind == "f":
-        present &= np.isfinite(pixels.data)
+        present &= data != (np.float32(value) if data.dtype.kind == "f" else value)
     return np.asarray(present.any(axis=0))

@@ -45,6 +45,7 @@ class Layer:
         scale: The file's scale, 1 where it has none.
         offset: The file's offset, 0 where it has none.
         description: The band's name in the file.
+        driver: GDAL's name of the file's format.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Layer:
     scale: float
     offset: float
     description: str | None
+    driver: str
 
     @property
     def area(self) -> float:
@@ -153,6 +155,7 @@ def layers_of(path: str, any_driver: bool = False) -> tuple[Layer, ...]:
                     scale=file.scales[index - 1],
                     offset=file.offsets[index - 1],
                     description=file.descriptions[index - 1],
+                    driver=file.driver,
                 )
                 for index in file.indexes
             )

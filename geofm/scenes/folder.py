@@ -142,12 +142,14 @@ def _is_classes(stem: str) -> bool:
 
 
 def _finest(name: str, paths: Sequence[Path]) -> Path:
+    if len(paths) == 1:
+        return paths[0]
     metres = {}
     for path in paths:
         match = _RESOLUTION.search(path.stem)
-        metres[path] = int(match[1]) if match else 0
-    finest = min(paths, key=lambda path: metres[path])
-    if [*metres.values()].count(metres[finest]) > 1:
+        metres[path] = int(match[1]) if match else None
+    finest = min(paths, key=lambda path: metres[path] or 0)
+    if None in metres.values() or [*metres.values()].count(metres[finest]) > 1:
         raise BandError(
             f"{name} is in {_few([path.name for path in paths])}, and nothing in their names says "
             f"which is finer; remove one, or open a pattern ('folder/*.tif')"

@@ -137,7 +137,7 @@ def _place(name: str, layer: Layer, finest: Layer, request: Request) -> SceneBan
         shift = 0.0, 0.0
     elif align is None and request.strict:
         _check_nesting(name, layer, finest, ratio, shift)
-    return SceneBand(name, layer.path, layer.index, a, ratio, shift)
+    return SceneBand(name, layer.path, layer.index, a, ratio, shift, layer.driver)
 
 
 def _check_nesting(

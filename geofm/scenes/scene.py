@@ -50,6 +50,8 @@ class SceneBand:
         resolution: Width of a pixel in units of the CRS (metres in UTM).
         ratio: Pixels of the scene's grid in one of the band's: along columns, along rows.
         shift: Where the band begins, in pixels of the scene's grid: column, row.
+        driver: GDAL's name of the format that its header was read as; None for any. It is read as
+            no other, whatever lies there by then.
     """
 
     name: str
@@ -58,6 +60,7 @@ class SceneBand:
     resolution: float = 10.0
     ratio: tuple[float, float] = (1.0, 1.0)
     shift: tuple[float, float] = (0.0, 0.0)
+    driver: str | None = None
 
     @property
     def on_grid(self) -> bool:
@@ -298,7 +301,7 @@ class SceneReader:
         method: str,
         nodata: tuple[float, ...] | None = None,
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        file = self._file(band.path)
+        file = self._file(band)
         if band.on_grid:
             method = "nearest"
         down = axis_of(*rows, band.ratio[1], band.shift[1], file.height, method)
@@ -318,7 +321,7 @@ class SceneReader:
     def _pixels(
         self, band: SceneBand, rows: Axis, columns: Axis
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        file = self._file(band.path)
+        file = self._file(band)
         where = f" (band {band.index}, rows {rows.low} to {rows.high - 1})"
         with reading(band.path, where) as rasterio:
             window = rasterio.windows.Window.from_slices(
@@ -330,10 +333,11 @@ class SceneReader:
             missing |= ~np.isfinite(read.data)
         return read.data, missing
 
-    def _file(self, path: str) -> Any:
+    def _file(self, band: SceneBand) -> Any:
+        path = band.path
         if path not in self._files:
             with reading(path) as rasterio:
-                self._files[path] = rasterio.open(path)
+                self._files[path] = rasterio.open(path, driver=band.driver)
         return self._files[path]
 
 

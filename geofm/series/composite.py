@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from geofm.datasets.compositing import STATISTICS, composite
 from geofm.datasets.observations import MONTHS
-from geofm.datasets.timeseries import _median
 from geofm.errors import MissingExtraError, PixelError
 
 if TYPE_CHECKING:
@@ -23,12 +23,14 @@ CLOUDS: Final = (0, 1, 3, 8, 9, 10)
 """Classes of Sentinel-2's SCL that are not used: no data, saturated, cloud shadow, cloud of medium
 and of high probability, cirrus. Snow (11) is used, as it is what the ground looks like."""
 
+_LAST_CLASS: Final = 11
+
 
 def monthly_composite(
     array: xr.DataArray,
     mask: xr.DataArray | None = None,
     *,
-    classes: Sequence[int] = CLOUDS,
+    classes: Sequence[int] | None = None,
     year: int | None = None,
     statistic: str = "median",
     min_clear: int = 1,
@@ -43,9 +45,12 @@ def monthly_composite(
     Args:
         array: (time, band, y, x), in any order, integers or floats; ``time`` holds datetime64.
         mask: (time, y, x) at the same dates and pixels. Of booleans, True is cloud and not used (in
-            `geofm.datasets.monthly_median` it is the other way round); of integers, `classes` are.
-            None: all pixels are clear.
-        classes: Values of an integer mask that are not used.
+            `geofm.datasets.monthly_median` it is the other way round); of integers, SCL's classes,
+            `CLOUDS` are. None: all pixels are clear.
+        classes: Values of an integer mask that are not used, of whatever classes it has. None:
+            `CLOUDS`, if the mask can be SCL: values above 11 are refused, and a mask of 0 and 1
+            alone. Of a lazy mask that is found when computing, for each chunk of a month: if it has
+            1 and nothing above it is refused; if it has 0 alone it counts as no data, as in SCL.
         year: Use images of this year alone; None pools all years, January with January.
         statistic: ``"median"`` (of an even number the mean of the middle two) or ``"mean"``.
         min_clear: Clear values that a month needs; with fewer it is NaN.
@@ -57,11 +62,12 @@ def monthly_composite(
         values, and throughout where it has no image. Coordinates without time are kept.
 
     Raises:
-        PixelError: Dimensions, dates, types or the mask do not fit, or no image is of `year`.
+        PixelError: Dimensions, dates, types or the mask do not fit, or no image is of `year`. What
+            cannot be told of a lazy mask is found when computing.
         MissingExtraError: xarray is not installed.
     """
     xarray = _xarray()
-    if statistic not in ("median", "mean"):
+    if statistic not in STATISTICS:
         raise PixelError(f"statistic is 'median' or 'mean', got {statistic!r}")
     if min_clear < 1:
         raise PixelError(f"min_clear is a number of images from 1 on, got {min_clear}")
@@ -74,7 +80,9 @@ def monthly_composite(
     if cloudy is not None and not _lazy(pixels) and _lazy(cloudy):
         pixels = _dask().from_array(pixels, chunks=("auto", -1, *cloudy.chunks[1:]))
 
-    one = functools.partial(_one_month, empty=empty, statistic=statistic, min_clear=min_clear)
+    one = functools.partial(
+        _one_month, classes=classes, nodata=empty, statistic=statistic, min_clear=min_clear
+    )
     parts = [_of_month(pixels, cloudy, months == month, one) for month in range(1, MONTHS + 1)]
     values = _dask().stack(parts) if _lazy(pixels) else np.stack(parts)
     coords = {name: c for name, c in array.coords.items() if "time" not in (name, *c.dims)}
@@ -115,28 +123,17 @@ def _of_month(
 
 def _one_month(
     pixels: NDArray[Any],
-    cloudy: NDArray[np.bool_] | None = None,
+    mask: NDArray[Any] | None = None,
     *,
-    empty: tuple[float, ...],
-    statistic: str,
-    min_clear: int,
+    classes: Sequence[int] | None,
+    **options: Any,
 ) -> NDArray[np.float32]:
-    """(n, band, y, x) to (band, y, x); a lazy mask comes as (n, 1, y, x)."""
-    if not len(pixels):
-        return np.full(pixels.shape[1:], np.nan, np.float32)
-    values = pixels.astype(np.float64)
-    usable = np.isfinite(values)
-    for value in empty:
-        usable &= values != value
-    if cloudy is not None:
-        usable &= ~(cloudy if cloudy.ndim == 4 else cloudy[:, None])
-    values[~usable] = np.nan
-    count = usable.sum(axis=0)
-    if statistic == "median":
-        found = _median(values)
-    else:
-        found = np.where(usable, values, 0).sum(axis=0) / np.maximum(count, 1)
-    return np.where(count >= min_clear, found, np.nan).astype(np.float32)
+    """(n, band, y, x) to (band, y, x); a lazy mask comes as (n, 1, y, x), perhaps of classes."""
+    if mask is not None and mask.ndim == 4:
+        mask = mask[:, 0]
+    if mask is not None and mask.dtype.kind != "b":
+        mask = _of_classes(mask, classes, whole=False)
+    return composite(pixels, None if mask is None else ~mask, **options)
 
 
 def _checked_array(xarray: Any, array: Any) -> Any:
@@ -180,8 +177,8 @@ def _months(array: Any, year: int | None) -> NDArray[np.int64]:
     return np.where(years == year, months, 0)
 
 
-def _cloudy(xarray: Any, mask: Any, array: Any, classes: Sequence[int]) -> Any:
-    """(time, y, x) bool, True where a pixel is not used."""
+def _cloudy(xarray: Any, mask: Any, array: Any, classes: Sequence[int] | None) -> Any:
+    """(time, y, x) bool, True where a pixel is not used; of a lazy mask perhaps still classes."""
     wanted = {dim: array.sizes[dim] for dim in ("time", "y", "x")}
     fits = isinstance(mask, xarray.DataArray) and {str(d): n for d, n in mask.sizes.items()}
     if fits != wanted:
@@ -205,9 +202,32 @@ def _cloudy(xarray: Any, mask: Any, array: Any, classes: Sequence[int]) -> Any:
     if mask.dtype.kind not in "iu":
         raise PixelError(
             f"a mask is boolean, True for cloud, or holds integer classes, got {mask.dtype}; of "
-            f"probabilities say where they are cloud: probability > 20"
+            f"probabilities say where they are cloud: probability > 20; of SCL with NaN make "
+            f"integers: scl.fillna(0).astype('uint8')"
         )
-    return mask.isin(list(classes)).data
+    return mask.data if _lazy(mask.data) else _of_classes(mask.values, classes, whole=True)
+
+
+def _of_classes(
+    values: NDArray[Any], classes: Sequence[int] | None, *, whole: bool
+) -> NDArray[np.bool_]:
+    """Where classes are not used, after a look at whether they can be SCL if none are named."""
+    if classes is None and values.size:
+        lowest, highest = int(values.min()), int(values.max())
+        if lowest < 0 or highest > _LAST_CLASS:
+            raise PixelError(
+                f"the mask has values from {lowest} to {highest}, but the classes of SCL are 0 to "
+                f"{_LAST_CLASS}; of probabilities say where they are cloud: mask > 20; of other "
+                f"classes name those that are cloud: classes=[...]"
+            )
+        # Where a part of SCL has no data it is 0 alone; saturated pixels (1) are few among others.
+        if highest == 1 or (whole and highest == 0):
+            raise PixelError(
+                "the mask is of integers, but has no value above 1. If 1 is cloud, make it "
+                "boolean: mask == 1, or mask.astype(bool); if it is SCL, say so: "
+                f"classes={list(CLOUDS)}"
+            )
+    return np.isin(values, CLOUDS if classes is None else list(classes))
 
 
 def _lazy(data: Any) -> bool:

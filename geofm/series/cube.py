@@ -12,7 +12,13 @@ from numpy.typing import NDArray
 
 from geofm.arrays.grid import cell_centres
 from geofm.datasets._places import pixel_size
-from geofm.datasets.observations import LOOKS_LIKE_REFLECTANCE, MONTHS, band_indices
+from geofm.datasets.observations import (
+    HIGHEST_DN,
+    LOOKS_LIKE_REFLECTANCE,
+    LOWEST_DN,
+    MONTHS,
+    band_indices,
+)
 from geofm.embeddings.grids import Grid
 from geofm.errors import BandError, MissingExtraError, PixelError, RasterError
 from geofm.raster.sources import rasterio_module
@@ -57,7 +63,9 @@ class Cube:
         indices, _ = band_indices(bands, _band_names(monthly), "the model")
         order = np.asarray(_month_order(monthly))
         self.array = monthly.transpose("month", "band", "y", "x")[order, indices]
-        self._fill = monthly.attrs.get("_FillValue")
+        fill = monthly.attrs.get("_FillValue")
+        # A plain number, which is compared in the type of the pixels.
+        self._fill = None if fill is None else float(fill)
         self.grid = Grid(
             (1, monthly.sizes["y"], monthly.sizes["x"]), _transform(monthly), _crs(monthly, crs)
         )
@@ -76,7 +84,7 @@ class Cube:
             (12, bands, rows, columns), NaN where there is no data and outside the region.
 
         Raises:
-            PixelError: These are no digital numbers.
+            PixelError: These are no digital numbers, which are from -2000 to 65,534.
         """
         _, height, width = self.grid.shape
         y0, y1, x0, x1 = (
@@ -90,12 +98,7 @@ class Cube:
         values[~np.isfinite(values)] = np.nan
         if self._fill is not None:
             values[part == self._fill] = np.nan
-        highest = np.nanmax(values, initial=-np.inf)
-        if np.isfinite(highest) and highest <= LOOKS_LIKE_REFLECTANCE:
-            raise PixelError(
-                f"the highest value at row {top}, column {left} is {highest:g}, which looks like "
-                f"reflectance; the model takes reflectance times 10,000: monthly * 10000"
-            )
+        _check_numbers(values, f"rows {y0} to {y1 - 1}, columns {x0} to {x1 - 1}")
         out = np.full((*values.shape[:2], rows, columns), np.nan, np.float32)
         out[:, :, y0 - top : y1 - top, x0 - left : x1 - left] = values
         return out
@@ -163,6 +166,29 @@ def _check_dims(monthly: Any) -> None:
         raise PixelError(f"the array is empty: {dict(monthly.sizes)}")
 
 
+def _check_numbers(values: NDArray[np.float32], where: str) -> None:
+    """Refuse what cannot be digital numbers; NaN is no data."""
+    lowest, highest = np.nanmin(values, initial=np.inf), np.nanmax(values, initial=-np.inf)
+    if lowest > highest:
+        return
+    if lowest == highest == 0:
+        raise PixelError(
+            f"there are only zeros in {where}; is 0 no data? monthly_composite(..., nodata=0) "
+            f"takes it for that, and so does monthly.where(monthly != 0)"
+        )
+    if lowest < LOWEST_DN or highest > HIGHEST_DN:
+        raise PixelError(
+            f"the values in {where} go from {lowest:g} to {highest:g}; reflectance times 10,000 is "
+            f"from {LOWEST_DN:g} to {HIGHEST_DN:g}. Is there a no-data value to name: "
+            f"monthly_composite(..., nodata=...), or the attribute _FillValue?"
+        )
+    if highest <= LOOKS_LIKE_REFLECTANCE:
+        raise PixelError(
+            f"the highest value in {where} is {highest:g}, which looks like reflectance; the model "
+            f"takes reflectance times 10,000: monthly * 10000"
+        )
+
+
 def _month_order(monthly: Any) -> list[int]:
     if "month" not in monthly.coords:
         return list(range(MONTHS))
@@ -211,16 +237,9 @@ def _transform(monthly: Any) -> tuple[float, float, float, float, float, float]:
 def _crs(monthly: Any, given: Any) -> str | None:
     """As WKT: what is given, else what the grid mapping or the attributes say."""
     if given is None:
-        mapping = monthly.encoding.get("grid_mapping") or monthly.attrs.get("grid_mapping")
-        places = [
-            c.attrs for n, c in monthly.coords.items() if n in (mapping, "spatial_ref", "crs")
-        ]
-        found = [
-            attrs[key] for attrs in (*places, monthly.attrs) for key in _CRS_ATTRS if key in attrs
-        ]
-        if not found:
+        given = _declared_crs(monthly)
+        if given is None:
             return None
-        given = found[0]
     rasterio = rasterio_module()
     try:
         system = importlib.import_module("rasterio.crs").CRS.from_user_input(given)
@@ -230,3 +249,16 @@ def _crs(monthly: Any, given: Any) -> str | None:
         ) from error
     wkt: str = system.to_wkt()
     return wkt
+
+
+def _declared_crs(monthly: Any) -> Any:
+    """What the grid mapping says that the array names; without one the usual coordinates."""
+    mapping = monthly.encoding.get("grid_mapping") or monthly.attrs.get("grid_mapping")
+    if mapping in monthly.coords:
+        # Alone: others may be left from before a reprojection.
+        places = [monthly.coords[mapping].attrs]
+    else:
+        usual = [n for n in ("spatial_ref", "crs") if n in monthly.coords]
+        places = [*(monthly.coords[n].attrs for n in usual), monthly.attrs]
+    found = (attrs[key] for attrs in places for key in _CRS_ATTRS if key in attrs)
+    return next(found, None)

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from geofm.datasets.observations import BANDS, _fill, present_months
+from geofm.datasets.observations import BANDS, fill_missing
 from geofm.errors import BandError, ModelError, RasterError, TaxonError
 from geofm.predictions import Prediction, group_taxa
-from geofm.raster.networks import weights_hash, weights_label
+from geofm.raster.networks import weights_tags
 from geofm.series.cube import Cube
 from geofm.series.sites import Given, Sites
-from geofm.taxonomy import Taxon
+from geofm.taxonomy import Taxon, as_taxa, taxa_report
 from geofm.zeroshot import SpeciesClassifier
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ class PixelClassifier:
                 raise TaxonError("the SpeciesClassifier was made with another model")
             self.classifier = species
         else:
-            self.classifier = SpeciesClassifier(model, species)
+            taxa = as_taxa(species)
+            taxa_report(taxa)
+            self.classifier = SpeciesClassifier(model, taxa)
         if len(self.classifier) > _MOST_TAXA:
             raise TaxonError(
                 f"a map has {_MOST_TAXA} classes at most, got {len(self.classifier)} species; "
@@ -94,6 +96,10 @@ class PixelClassifier:
 
         Yields:
             Places in `rows` of some pixels that have data, and their probabilities.
+
+        Raises:
+            PixelError: These are no digital numbers.
+            AuxiliaryError: A variable cannot be in its unit; the message names the pixel.
         """
         reach = self.window // 2
         top, left = int(rows.min()) - reach, int(columns.min()) - reach
@@ -110,11 +116,11 @@ class PixelClassifier:
             chosen = usable[start : start + self.batch_size]
             part = windows[:, :, rows[chosen] - top - reach, columns[chosen] - left - reach]
             images = np.ascontiguousarray(part.transpose(2, 0, 1, 3, 4))
-            mask = present_months(images)
+            images, mask = fill_missing(images)
             yield (
                 chosen,
                 self.classifier.predict(
-                    torch.from_numpy(_fill(images, mask)),
+                    torch.from_numpy(images),
                     torch.from_numpy(self.sites.table(rows[chosen], columns[chosen])),
                     image_mask=torch.from_numpy(mask),
                     batch_size=self.batch_size,
@@ -123,16 +129,9 @@ class PixelClassifier:
 
     def tags(self) -> dict[str, str]:
         """What made it."""
-        from geofm import __version__
-
-        model: Any = self.classifier.model
-        config = getattr(model, "pretrained_cfg", None) or {}
         composite = self.cube.array.attrs.get("GEOFM_COMPOSITE")
         return {
-            "GEOFM_VERSION": __version__,
-            "GEOFM_MODEL": str(config.get("architecture", type(model).__name__)),
-            "GEOFM_WEIGHTS": weights_label(model),
-            "GEOFM_WEIGHTS_HASH": weights_hash(model),
+            **weights_tags(self.classifier.model),
             "GEOFM_AUXILIARY": ", ".join(self.sites.known) or "none",
             "GEOFM_TEMPERATURE": f"{self.classifier.temperature:g}",
             "GEOFM_WINDOWS": f"{self.window} x {self.window} px around each pixel",

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from geofm.embeddings.table import _pyarrow
+from geofm.embeddings.geoparquet import geo_metadata, points, pyarrow_modules
 from geofm.errors import RasterError
 from geofm.raster.cog import written
 
 __all__ = ["write_points"]
-
-_POINT = np.dtype([("order", "u1"), ("type", "<u4"), ("xy", "<f8", 2)])
 
 
 def write_points(
@@ -34,7 +31,7 @@ def write_points(
         RasterError: It cannot be written.
         MissingExtraError: pyarrow is not installed.
     """
-    pa, pq = _pyarrow()
+    pa, pq = pyarrow_modules()
     texts = ("species", "genus", "family", "leaf_type")
     xy = np.array([(row["longitude"], row["latitude"]) for row in rows], dtype=np.float64)
     columns: dict[str, Any] = {
@@ -51,28 +48,13 @@ def write_points(
     for family in families:
         values = [(row["families"] or {}).get(family) for row in rows]
         columns[f"family_{family}"] = pa.array(values, pa.float32())
-    columns["geometry"] = pa.array(_wkb(xy), pa.binary())
+    columns["geometry"] = points(xy)
     # Without a crs it is OGC:CRS84: longitude, latitude.
-    geometry = {
-        "encoding": "WKB",
-        "geometry_types": ["Point"],
-        "bbox": [*xy.min(axis=0).tolist(), *xy.max(axis=0).tolist()],
-    }
-    geo = {
-        "version": "1.1.0",
-        "primary_column": "geometry",
-        "columns": {"geometry": geometry},
-    }
-    metadata = {"geo": json.dumps(geo), "geofm": json.dumps({"tags": dict(tags)})}
+    geo = geo_metadata("Point", [*xy.min(axis=0).tolist(), *xy.max(axis=0).tolist()])
+    metadata = {"geo": geo, "geofm": json.dumps({"tags": dict(tags)})}
     table = pa.table(columns).replace_schema_metadata(metadata)
     try:
         with written(path) as temporary:
             pq.write_table(table, temporary, compression="zstd")
     except (pa.ArrowException, OSError) as error:
         raise RasterError(f"cannot write {path}: {error}") from error
-
-
-def _wkb(xy: NDArray[np.float64]) -> list[bytes]:
-    parts = np.zeros(len(xy), _POINT)
-    parts["order"], parts["type"], parts["xy"] = 1, 1, xy
-    return [part.tobytes() for part in parts]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from geofm.auxiliary import Variable
+from geofm.auxiliary import Variable, auxiliary_table
 from geofm.errors import AuxiliaryError
 from geofm.series.cube import Cube, xarray_module
 
@@ -43,6 +43,7 @@ class Sites:
         self, given: Mapping[str, Given] | None, variables: Sequence[Variable], cube: Cube
     ) -> None:
         self.given = dict(given or {})
+        self.variables = tuple(variables)
         self.names = tuple(variable.name for variable in variables)
         self.cube = cube
         unknown = [str(name) for name in self.given if name not in self.names]
@@ -80,7 +81,8 @@ class Sites:
             (n, variables) in the model's order, NaN where not known.
 
         Raises:
-            AuxiliaryError: A function returns something else than a value for each pixel.
+            AuxiliaryError: A function returns something else than a value for each pixel, or a
+                value cannot be in its unit; the message names the pixel.
         """
         out = np.full((len(rows), len(self.names)), np.nan, np.float32)
         places = self.cube.lonlat(rows, columns) if self.located else None
@@ -96,6 +98,12 @@ class Sites:
                 out[:, column] = _called(name, values, *places)
             elif values is not None:
                 out[:, column] = values
+
+        def pixel(number: int) -> str:
+            return f"the pixel at row {rows[number]}, column {columns[number]}"
+
+        # The model checks them, too, but does not know which pixels they are of.
+        auxiliary_table(out, self.variables, sample=pixel)
         return out
 
     def _check(self, name: str, values: Any) -> None:
@@ -135,7 +143,8 @@ def _picked(values: Any, rows: NDArray[np.int64], columns: NDArray[np.int64]) ->
     part = values.transpose("y", "x")[top : int(rows.max()) + 1, left : int(columns.max()) + 1]
     fill = values.attrs.get("_FillValue")
     found: NDArray[Any] = part.values[rows - top, columns - left]
-    return found if fill is None else np.where(found == fill, np.nan, found)
+    # A plain number is compared in the type of the values.
+    return found if fill is None else np.where(found == float(fill), np.nan, found)
 
 
 def _called(name: str, function: Any, longitudes: Floats, latitudes: Floats) -> NDArray[Any]:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from geofm.embeddings.colours import NO_DATA, colour_of
+from geofm.embeddings.geoparquet import pyarrow_modules
 from geofm.embeddings.grids import Grid
 from geofm.embeddings.rasters import write_band
 from geofm.errors import RasterError
 from geofm.predictions import Prediction
-from geofm.raster.cog import Layout, raw_to_cog
+from geofm.raster.cog import Layout, raw_to_cog, written
 from geofm.series.pixels import PixelClassifier, Species
 from geofm.series.points import write_points
 from geofm.series.sites import Given
@@ -59,7 +60,12 @@ class SpeciesMap:
 
     def table(self) -> str:
         """Species that were found, the most frequent first, as text."""
-        counts = np.bincount(self.classes.reshape(-1), minlength=len(self.taxa) + 1)[1:]
+        counts = np.zeros(len(self.taxa) + 1, np.int64)
+        # Some rows at a time: bincount makes 8 bytes of each cell.
+        for top in range(0, len(self.classes), _BLOCK):
+            rows = self.classes[top : top + _BLOCK]
+            counts += np.bincount(rows.reshape(-1), minlength=len(counts))
+        counts = counts[1:]
         total = max(1, int(counts.sum()))
         lines = ["class     cells   share  species"]
         for place in np.argsort(-counts, kind="stable"):
@@ -92,7 +98,8 @@ def species_map(
     `geofm.datasets.collate`; a month with no value in a band is missing.
 
     The region is read in blocks of 256 x 256 pixels. In memory besides is the map of classes, 2
-    bytes a cell; probabilities wait in a file beside the output.
+    bytes a cell; probabilities wait in a file beside the output. Both files appear at the end, when
+    both are complete; if that fails, nothing is kept of what was computed.
 
     Args:
         model: A `GeoTreeCLIP`.
@@ -111,7 +118,8 @@ def species_map(
         probabilities: GeoTIFF of float32 bands: the probability of the species, then the sum over
             each family; None for the output's name with ``_probabilities``.
         families: Write those of families, too: 4 bytes each a cell.
-        step: Pixels along the side of a cell. A cell is computed from its central pixel alone.
+        step: Pixels along the side of a cell. A cell is computed from its central pixel alone; the
+            last rows and columns, where a cell's centre would lie outside, are not mapped.
         window: Side of the squares, odd; the published model was trained with 5.
         min_months: Months that a pixel itself must have, in all bands; those with less are no data.
         batch_size: Pixels encoded together, on the model's device.
@@ -126,17 +134,17 @@ def species_map(
         AuxiliaryError: A variable is unknown, not of these pixels, or cannot be in its unit.
         TaxonError: A species is unknown.
         ModelError: The model is no GeoTreeCLIP, or normalizes by batch.
-        RasterError: There is no reference system or no coordinates, or an output cannot be written.
+        RasterError: There is no reference system or no coordinates, the region has no cell of
+            `step` pixels, or an output cannot be written.
         MissingExtraError: xarray or rasterio is not installed.
     """
     if not isinstance(step, int) or step < 1:
         raise RasterError(f"step is a number of pixels from 1 on, got {step!r}")
     target = Path(output)
+    _check_output(target)
     beside = target.with_name(f"{target.stem}_probabilities{target.suffix}")
     second = beside if probabilities is None else Path(probabilities)
-    for path in (target, second):
-        if not path.parent.is_dir():
-            raise RasterError(f"cannot write {path}: there is no folder {path.parent}")
+    _check_output(second)
     if target == second:
         raise RasterError(f"species and probabilities are two files, got {target} for both")
     pixels = PixelClassifier(
@@ -150,7 +158,13 @@ def species_map(
         crs=crs,
     )
     names = pixels.families if families else ()
-    rows, columns = (np.arange(step // 2, n, step) for n in pixels.cube.grid.shape[1:])
+    _, height, width = pixels.cube.grid.shape
+    rows, columns = (np.arange(step // 2, n, step) for n in (height, width))
+    if not len(rows) or not len(columns):
+        raise RasterError(
+            f"the region of {height} x {width} px has no centre of a cell of {step} px; take a "
+            f"step of {min(height, width)} or less"
+        )
     a, b, c, d, e, f = pixels.cube.grid.transform
     shape = (1 + len(names), len(rows), len(columns))
     transform = (a * step, b * step, c, d * step, e * step, f)
@@ -158,19 +172,17 @@ def species_map(
     with _folder_beside(second) as folder:
         cells = Path(folder) / "cells.raw"
         classes = _fill_cells(pixels, rows, columns, cells, len(names))
-        _write_probabilities(cells, second, grid, names)
-    taxa = pixels.classifier.taxa
-    write_band(
-        target,
-        classes,
-        grid,
-        nodata=0,
-        name="species",
-        tags={"GEOFM_VALUES": "the likeliest species", "GEOFM_PROBABILITIES": second.name},
-        colours=[NO_DATA, *(colour_of(i) for i in range(len(taxa)))],
-        classes=["no data", *(taxon.species for taxon in taxa)],
-    )
-    return SpeciesMap(target, second, classes, taxa, names, grid)
+        made = SpeciesMap(target, second, classes, pixels.classifier.taxa, names, grid)
+        _write(made, cells)
+    return made
+
+
+def _check_output(path: Path) -> None:
+    """Refuse what cannot be written, before anything is computed."""
+    if path.is_dir():
+        raise RasterError(f"the output is a folder: {path}; name a file in it")
+    if not path.parent.is_dir():
+        raise RasterError(f"cannot write {path}: there is no folder {path.parent}")
 
 
 def _folder_beside(path: Path) -> tempfile.TemporaryDirectory[str]:
@@ -185,7 +197,8 @@ def _fill_cells(
 ) -> NDArray[np.uint16]:
     """Compute block by block; probabilities go to a file, (rows, bands, columns)."""
     classes = np.zeros((len(rows), len(columns)), np.uint16)
-    with cells.open("wb") as file:
+    # Not buffered: what a full disk does not take would be written again on closing.
+    with cells.open("wb", buffering=0) as file:
         for down in _parts(rows):
             for right in _parts(columns):
                 places = np.meshgrid(rows[down], columns[right], indexing="ij")
@@ -211,9 +224,14 @@ def _put(file: BinaryIO, block: NDArray[np.float32], top: int, left: int, column
     try:
         for row, band in itertools.product(range(high), range(bands)):
             file.seek(4 * (((top + row) * bands + band) * columns + left))
-            file.write(block[row, band].tobytes())
+            line = block[row, band].tobytes()
+            while line:
+                line = line[file.write(line) :]
     except OSError as error:
-        raise RasterError(f"cannot write {file.name}: {error.strerror or error}") from error
+        raise RasterError(
+            f"cannot write {file.name}, where probabilities wait: {error.strerror or error}. "
+            f"Nothing is kept of what was computed; see that the disk has room, and run it again"
+        ) from error
 
 
 def _parts(places: NDArray[Any]) -> Iterator[slice]:
@@ -224,17 +242,40 @@ def _parts(places: NDArray[Any]) -> Iterator[slice]:
     return (slice(first, last) for first, last in itertools.pairwise(ends))
 
 
-def _write_probabilities(cells: Path, output: Path, grid: Grid, families: Sequence[str]) -> None:
+def _write(made: SpeciesMap, cells: Path) -> None:
+    """Write both files; they take their names once both are complete."""
+    grid, taxa = made.grid, made.taxa
     layout = Layout(
         shape=grid.shape,
         dtype="float32",
         transform=grid.transform,
         crs=grid.crs,
         nodata=float("nan"),
-        names=["probability", *(f"family {family}" for family in families)],
+        names=["probability", *(f"family {family}" for family in made.families)],
         tags={**grid.tags, "GEOFM_VALUES": "probability of the likeliest species, and of families"},
     )
-    raw_to_cog(cells, output, layout)
+    try:
+        with written(made.probabilities) as probabilities, written(made.path) as species:
+            raw_to_cog(cells, probabilities, layout)
+            write_band(
+                species,
+                made.classes,
+                grid,
+                nodata=0,
+                name="species",
+                tags={
+                    "GEOFM_VALUES": "the likeliest species",
+                    "GEOFM_PROBABILITIES": made.probabilities.name,
+                },
+                colours=[NO_DATA, *(colour_of(i) for i in range(len(taxa)))],
+                classes=["no data", *(taxon.species for taxon in taxa)],
+            )
+    except (RasterError, OSError) as error:
+        raise RasterError(
+            f"cannot write {made.path} and {made.probabilities}: {error.__cause__ or error}. "
+            f"Neither is written, and nothing is kept of what was computed; see that the disk has "
+            f"room, and run it again"
+        ) from error
 
 
 def species_points(
@@ -280,6 +321,9 @@ def species_points(
     """
     if top_k < 1:
         raise RasterError(f"top_k is a number of species from 1 on, got {top_k}")
+    if output is not None:
+        _check_output(Path(output))
+        pyarrow_modules()
     pixels = PixelClassifier(
         model,
         monthly,
