@@ -1,7 +1,8 @@
 """Memory, overhead and growth of windowed inference over a synthetic Sentinel-2 tile.
 
     python benchmarks/raster_speed.py --sizes 1000 2000                    # quick
-    python benchmarks/raster_speed.py --sizes 1000 2000 4000 10980 --plot docs/raster_speed.png
+    python benchmarks/raster_speed.py --sizes 1000 2000 4000 --repeats 3 --json small.json
+    python benchmarks/raster_speed.py --sizes 10980 --with-results small.json --plot plot.png
     python benchmarks/raster_speed.py --sizes 10980 --model pointwise      # memory alone
 
 Each size runs in a process of its own, so that its peak memory is its own. "encoder" is the time
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="for temporary files")
     parser.add_argument("--plot", type=Path, default=None)
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--with-results", type=Path, help="JSON of another run, for the plot")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -222,6 +224,8 @@ def main() -> None:
         print(results[-1], flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
+    if options.with_results:
+        results = json.loads(options.with_results.read_text()) + results
     if options.plot:
         plot(results, options.plot)
 
