@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 import geofm
 from geofm.raster import embed, embed_raster
 from geofm.raster.runs import Job
+from geofm.raster.workers import Workers
 
 BANDS = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B11 B12".split()
 
@@ -91,17 +93,20 @@ def write_tile(path: Path, size: int) -> None:
                 file.write(values, window=rasterio.windows.Window(left, top, columns, rows))
 
 
-def encoder_seconds(job: Job, most: int) -> tuple[float, float]:
+def encoder_seconds(job: Job, workers: int, most: int) -> tuple[float, float]:
     """Wall and processor seconds for all windows of a job, from at most `most` batches of noise."""
     windows = sum((p.end - p.begin) for p in job.panels) * len(job.rows.starts)
     size = (job.rows.size, job.columns.size)
     pixels = torch.randn(job.batch, len(BANDS), *size)
-    batches = max(1, min(most, windows // job.batch))
-    with torch.inference_mode():
-        job.network.apply(pixels)
+    batches = max(workers, min(most, windows // job.batch) // workers * workers)
+
+    def work(count: int) -> Iterator[tuple[list[int], Tensor]]:
+        return (([], pixels) for _ in range(count))
+
+    with Workers(job.network, torch.device("cpu"), workers) as computing:
+        list(computing.map(work(workers)))
         begin, spent = time.perf_counter(), time.process_time()
-        for _ in range(batches):
-            job.network.apply(pixels)
+        list(computing.map(work(batches)))
         share = windows / (batches * job.batch)
         return (time.perf_counter() - begin) * share, (time.process_time() - spent) * share
 
@@ -109,16 +114,16 @@ def encoder_seconds(job: Job, most: int) -> tuple[float, float]:
 def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
     """One size, in this process."""
     model = build(options.model)
-    jobs: list[Job] = []
+    jobs: list[tuple[Job, int]] = []
     # Of each run: what the encoder takes alone, before it and after it.
     alone: list[tuple[float, float]] = []
     spent = {"before": 0.0, "before, processor": 0.0, "windows": 0.0, "finish": 0.0}
     run, finish = embed.run, embed.raw_to_cog
 
     def kept_run(job: Job, *rest: Any) -> None:
-        jobs.append(job)
+        jobs.append((job, rest[2]))
         begin, processor = time.perf_counter(), time.process_time()
-        alone.append(encoder_seconds(job, options.batches))
+        alone.append(encoder_seconds(*jobs[-1], options.batches))
         spent["before"] = time.perf_counter() - begin
         spent["before, processor"] = time.process_time() - processor
         begin = time.perf_counter()
@@ -146,7 +151,7 @@ def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
             embed_raster(model, source, output, level="L2A", dtype=options.dtype, progress=None)
             total = time.perf_counter() - begin - spent["before"]
             processor = time.process_time() - processor - spent["before, processor"]
-            alone.append(encoder_seconds(jobs[0], options.batches))
+            alone.append(encoder_seconds(*jobs[-1], options.batches))
             encoder, encoder_processor = np.mean(alone[-2:], 0).tolist()
             rows.append(
                 {

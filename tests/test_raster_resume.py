@@ -262,7 +262,7 @@ def test_a_disk_that_fills_while_the_output_is_put_together_keeps_all_values(
     assert not (tmp_path / "out.tif.partial" / "cells.tif").exists()
     with pytest.MonkeyPatch.context() as patch:
         # Nothing is computed again.
-        patch.setattr("geofm.raster.runs._apply", None)
+        patch.setattr("geofm.raster.workers.apply", None)
         embed_raster(model, image, out, compress="none")
     np.testing.assert_array_equal(embed_raster(model, image).values, rasterio.open(out).read())
 

@@ -43,9 +43,11 @@ logger = logging.getLogger(__name__)
 
 # What one window may take; MP-MAE atto needs 2 KB a pixel.
 _MAX_WINDOW_BYTES = 10e9
-# What a batch of windows is chosen to take. A CPU is fastest with what its allocator keeps at hand.
-_BATCH_BYTES = {"cpu": 128e6}
+# What a batch of windows is chosen to take. On a CPU each of torch's threads has one of its own, and
+# all of them together take no more than so much for each.
+_BATCH_BYTES = {"cpu": 64e6}
 _BATCH_BYTES_ELSEWHERE = 2e9
+_WORKER_BYTES = 128e6
 # What a panel's strip of prepared pixels, and its unfinished cells, may take each.
 _PANEL_BYTES = 64e6
 # What a result without a file may take.
@@ -66,7 +68,8 @@ class Tiling:
         blend: ``"smooth"``: means, weighted by the distance from each window's edge; ``"centre"``:
             each cell from the window whose centre is nearest.
         min_valid: Share of the pixels of a cell that must have data.
-        batch_size: Windows at a time; None for what takes about 128 MB on a CPU, 2 GB elsewhere.
+        batch_size: Windows at a time; None for what takes about 2 GB on a GPU, or 64 MB on a CPU,
+            where each of torch's threads has a batch of its own.
     """
 
     window: int | str | None = None
@@ -480,6 +483,13 @@ def _batch_size(model: nn.Module, sides: Sequence[int], device: torch.device) ->
     return max(1, min(256, int(most // max(_window_bytes(model, sides), 1.0))))
 
 
+def _workers(model: nn.Module, job: Job) -> int:
+    """Batches that a CPU computes at once, so that they take no more than is meant for them."""
+    threads = torch.get_num_threads()
+    needed = job.batch * _window_bytes(model, (job.rows.size, job.columns.size))
+    return max(1, min(threads, int(threads * _WORKER_BYTES // max(needed, 1.0))))
+
+
 def _panel_width(prepare: Preprocess, channels: int, rows: Axis, columns: Axis) -> int:
     pixel = len(prepare.spec.bands) * rows.size * 4
     cell = channels * rows.cells * 4 / columns.spacing
@@ -514,7 +524,7 @@ def _computed(
                 f"the grid of {shape} has {4 * math.prod(shape) / 1e9:.0f} GB; give an output file"
             )
         memory = MemoryStore(codec, shape)
-        run(job, memory, device, progress)
+        run(job, memory, device, _workers(model, job), progress)
         return Embedding(codec.decode(memory.cells), *place, tags | _codec_tags(codec))
     target = Path(output)
     store = PartialStore(target, _plan(job, model, tiling, stored, device), resume=resume)
@@ -526,7 +536,7 @@ def _computed(
             store.save_fit(codec)
         shape = (codec.channels(job.channels), job.rows.total, job.columns.total)
         store.prepare(codec, shape)
-        run(job, store, device, progress)
+        run(job, store, device, _workers(model, job), progress)
         tags |= _codec_tags(codec)
         try:
             raw_to_cog(store.cells, target, _layout(shape, codec, stored, place, tags))

@@ -1,4 +1,4 @@
-"""The loop: a thread reads, this one computes, another one blends, and one writes."""
+"""The loop: a thread reads, some compute, another one blends, and one writes."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from geofm.raster.sources import Source
 from geofm.raster.stores import Store
 from geofm.raster.strips import Strip, StripReader
 from geofm.raster.windows import Axis, Panel
+from geofm.raster.workers import Workers, apply
 
 __all__ = ["Job", "run", "sample"]
 
@@ -80,7 +81,7 @@ class Job:
 
 
 @torch.inference_mode()
-def run(job: Job, store: Store, device: torch.device, progress: bool | None) -> None:
+def run(job: Job, store: Store, device: torch.device, workers: int, progress: bool | None) -> None:
     """Compute all blocks that a store does not have yet.
 
     Which windows are computed together does not depend on what is there already, nor does the order
@@ -90,6 +91,7 @@ def run(job: Job, store: Store, device: torch.device, progress: bool | None) -> 
         job: What to compute.
         store: Takes the blocks.
         device: Where the network is.
+        workers: Batches to compute at once on a CPU.
         progress: Show a bar; None: if this is a terminal.
     """
     todo = [(number, panel, store.finished(number)) for number, panel in enumerate(job.panels)]
@@ -98,6 +100,7 @@ def run(job: Job, store: Store, device: torch.device, progress: bool | None) -> 
     tqdm = importlib.import_module("tqdm").tqdm
     hidden = None if progress is None else not progress
     with (
+        Workers(job.network, device, workers) as computing,
         tqdm(total=total, unit="window", smoothing=0.05, disable=hidden) as bar,
         ThreadPoolExecutor(1, "geofm-read") as reading,
         ThreadPoolExecutor(1, "geofm-blend") as blending,
@@ -107,7 +110,7 @@ def run(job: Job, store: Store, device: torch.device, progress: bool | None) -> 
         for number, panel, done in todo:
             if done < count:
                 write = functools.partial(writer.put, store.write, number)
-                _panel(job, panel, done, device, reading, _InOrder(blending), write, bar)
+                _panel(job, panel, done, computing, reading, _InOrder(blending), write, bar)
         writer.finish()
 
 
@@ -148,7 +151,7 @@ def _panel(
     job: Job,
     panel: Panel,
     done: int,
-    device: torch.device,
+    computing: Workers,
     reading: ThreadPoolExecutor,
     blender: _InOrder,
     write: Callable[..., None],
@@ -174,8 +177,8 @@ def _panel(
         current = strip.result()
         if row + 1 < len(rows.starts):
             strip = reading.submit(reader.read, row + 1)
-        for indices, pixels in _batches(job, panel, current):
-            blender.put(blend.add, row, indices, _apply(job.network, pixels, device))
+        for indices, values in computing.map(_batches(job, panel, current)):
+            blender.put(blend.add, row, indices, values)
         blender.put(finish, row, current.enough)
         if row >= done:
             bar.update(panel.end - panel.begin)
@@ -190,17 +193,6 @@ def _batches(job: Job, panel: Panel, strip: Strip) -> Iterator[tuple[Sequence[in
         indices = wanted[begin : begin + job.batch]
         windows = [strip.window(job.columns.starts[index], size) for index in indices]
         yield indices, torch.stack(windows)
-
-
-def _apply(network: Network, pixels: Tensor, device: torch.device) -> NDArray[np.float32]:
-    try:
-        found = network.apply(pixels.to(device, non_blocking=True)).float().cpu()
-    except torch.OutOfMemoryError as error:
-        raise RasterError(
-            f"{len(pixels)} windows of {pixels.shape[-2]} x {pixels.shape[-1]} px do not fit into "
-            f"the device's memory; take a smaller batch_size or window"
-        ) from error
-    return found.numpy()
 
 
 class _Blend:
@@ -291,7 +283,7 @@ def sample(job: Job, device: torch.device) -> NDArray[np.float32]:
         if not strip.filled[0]:
             continue
         pixels = strip.window(job.columns.starts[column], job.columns.size)
-        value = _apply(job.network, pixels[None], device)[0]
+        value = apply(job.network, pixels[None], device)[0]
         # Only cells that count: those at a window's edge are unlike what becomes of them.
         rows, columns = (_counting(*each) for each in ((job.rows, row), (job.columns, column)))
         top, left = job.rows.firsts[row], job.columns.firsts[column]
