@@ -22,6 +22,8 @@ PERMILLE = "0.001 m3/m3"
 # everywhere. The others tell nothing: an annual mean of 4.5 degC is 45 in tenths.
 _WARMEST = ("bio05", "bio10")
 _LARGEST_CELSIUS = 60.0
+# What rasters usually mark missing values with.
+_NO_DATA = (-999.0, -999.9, -9999.0, -32768.0, -3.4028234663852886e38)
 
 
 @dataclass(frozen=True)
@@ -63,15 +65,17 @@ def auxiliary_table(
             sequences of one length); or a list of dicts. None or NaN where a value is missing;
             a variable may be left out altogether.
         variables: What the model takes.
-        check_units: Refuse values that cannot be in their unit. Degrees Celsius in place of tenths
-            are recognised by the warmest month and quarter alone.
+        check_units: Refuse values that cannot be in their unit, and no-data values such as -999
+            below the training range. Degrees Celsius in place of tenths are recognised by the
+            warmest month and quarter alone.
         sample: What to call a row in messages, from its number.
 
     Returns:
         float32, (N, variables), NaN where missing.
 
     Raises:
-        AuxiliaryError: A name is unknown, the shape is wrong, or a value cannot be in its unit.
+        AuxiliaryError: A name is unknown, the shape is wrong, or a value cannot be in its unit or
+            marks a missing one.
     """
     names = [variable.name for variable in variables]
     if isinstance(values, Mapping):
@@ -91,6 +95,7 @@ def auxiliary_table(
     if check_units:
         # The limits are on the CPU; the values may be on a GPU.
         here = table.detach().cpu()
+        _check_no_data(here, variables, sample)
         _check_limits(here, variables, sample)
         _check_scales(here, variables, sample)
     return table
@@ -125,6 +130,23 @@ def _check_names(given: Mapping[str, Any], names: Sequence[str]) -> None:
         raise AuxiliaryError(
             f"auxiliary has unknown variables: {', '.join(unknown) or 'none are given'}; known are "
             f"{', '.join(names)}. Leave out, or set to None, what is not known"
+        )
+
+
+def _check_no_data(
+    table: Tensor, variables: Sequence[Variable], sample: Callable[[int], str]
+) -> None:
+    """Refuse what marks missing values, where it lies below all that the model was trained on."""
+    low = torch.tensor([variable.low for variable in variables])
+    marks = torch.isin(table, torch.tensor(_NO_DATA, dtype=table.dtype))
+    wrong = marks & (table < low)
+    if bool(wrong.any()):
+        row, column = wrong.nonzero()[0].tolist()
+        variable = variables[column]
+        raise AuxiliaryError(
+            f"{variable.name} of {sample(row)} is {float(table[row, column]):g}, a usual no-data "
+            f"value; the model was trained on {variable.low:g} to {variable.high:g} "
+            f"{variable.unit}. Say None or NaN where a value is missing"
         )
 
 

@@ -7,6 +7,7 @@ citation and published scores. Code reads them; it never repeats them.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -201,6 +202,8 @@ class WeightCard:
         scores: Published results.
         auxiliary: Environmental variables the model takes besides images, in order.
         path: The card's own file.
+        sha256: Of that file, with line ends as on Unix: what ``sha256sum`` says of a card in the
+            repository. It changes with any fact the card states. The checkpoint's is in `source`.
     """
 
     name: str
@@ -216,6 +219,7 @@ class WeightCard:
     scores: tuple[Score, ...]
     auxiliary: tuple[Variable, ...]
     path: Path
+    sha256: str
 
     @property
     def model(self) -> str:
@@ -300,7 +304,8 @@ def read_card(path: Path) -> WeightCard:
         FileNotFoundError: There is no such file.
     """
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CardError(f"card {path.name}: not valid TOML: {error}") from error
     top = _Section(path.name, "", content)
@@ -322,6 +327,7 @@ def read_card(path: Path) -> WeightCard:
         scores=_read_scores(top),
         auxiliary=_read_auxiliary(top),
         path=path,
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
     top.finish()
     channels = card.arguments.get("in_chans")

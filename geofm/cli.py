@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from geofm import __version__
-from geofm.errors import AuxiliaryError, DataNotFoundError, DownloadError, GeofmError
+from geofm.errors import AuxiliaryError, DataNotFoundError, DownloadError, GeofmError, ModelError
 
 __all__ = ["main"]
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Words of the command line; None for the process's own.
 
     Returns:
-        Exit status: 0, or 2 after an error that was explained.
+        Exit status: 0, 2 after an error that was explained, or 130 after an interruption.
     """
     parser = _parser()
     options = _parsed(parser, arguments)
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GeofmError as error:
         print(f"geofm: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"geofm: interrupted{_what_continues(options)}", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader (head, less) has seen enough; without this Python complains at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,8 +49,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def _what_continues(options: argparse.Namespace) -> str:
+    """What is left of an interrupted run, if the command can go on from it."""
+    if options.run not in (_embed, _predict):
+        return ""
+    partial = options.output.with_name(options.output.name + ".partial")
+    if not partial.exists():
+        return ""
+    same = "the same command without --no-resume" if options.no_resume else "the same command"
+    return f"; {same} continues from {partial}"
+
+
 def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    options, rest = parser.parse_known_args(arguments)
+    words = _joined(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parser.parse_known_args(words)
     if rest and (not hasattr(options, "overrides") or any(w.startswith("-") for w in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
@@ -54,6 +70,21 @@ def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) ->
         words = [*([options.recipe] if options.recipe else []), *options.overrides, *rest]
         options.recipe, options.overrides = words[0], words[1:]
     return options
+
+
+def _joined(words: Sequence[str]) -> list[str]:
+    """Each option and its negative value as one word.
+
+    argparse takes ``-3.1,40.2`` and ``-3.4e38`` for options; no option of geofm begins like that.
+    """
+    joined: list[str] = []
+    for word in words:
+        before = joined[-1] if joined else ""
+        if re.match(r"-\.?\d", word) and re.match(r"--[a-z][^=]*$", before):
+            joined[-1] = f"{before}={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _say_what_happens(verbose: bool) -> None:
@@ -145,7 +176,9 @@ def _add_embed(commands: Any) -> None:
     predict.add_argument(
         "--kind", choices=("probabilities", "logits", "classes"), default="classes"
     )
-    predict.add_argument("--classes", required=True, help="names in order, or their number")
+    predict.add_argument(
+        "--classes", help="names in order, or their number; default: as many as the file's head has"
+    )
     predict.set_defaults(run=_predict)
 
     for command in (embed, predict):
@@ -155,15 +188,31 @@ def _add_embed(commands: Any) -> None:
 def _add_raster_options(command: argparse.ArgumentParser) -> None:
     """What both commands that go over a raster take."""
     command.add_argument(
-        "input", type=Path, help="GeoTIFF, SAFE folder, folder of bands or STAC item"
+        "input", help="GeoTIFF, SAFE folder, folder or pattern of bands, STAC item, or an address"
     )
     command.add_argument("-o", "--output", type=Path, required=True, help="GeoTIFF to write")
     command.add_argument("--bands", help="names in order, B1,B2,...; default: the file's own")
     command.add_argument("--sensor", help="whose names they are, for example landsat_oli")
-    command.add_argument("--level", choices=("L1C", "L2A"))
-    command.add_argument("--units", choices=("dn", "reflectance", "uint8"))
-    command.add_argument("--offset", type=float, help="added to DN, for example -1000")
+    # Needed where neither names nor metadata say it.
+    command.add_argument("--level", choices=("L1C", "L2A"), help="default: what the input says")
+    command.add_argument(
+        "--units", choices=("dn", "reflectance", "uint8"), help="default: what the input says"
+    )
+    command.add_argument(
+        "--offset", type=float, help="added to DN, for example -1000; default: what the input says"
+    )
     command.add_argument("--baseline", help="processing baseline, from which the offset follows")
+    command.add_argument("--date", help="day of sensing, as 2024-05-12; default: as the input says")
+    command.add_argument(
+        "--align",
+        choices=("georeference", "corner"),
+        help="how bands lie whose grids do not nest; SSL4EO-S12: corner",
+    )
+    command.add_argument(
+        "--no-strict",
+        action="store_true",
+        help="level, units, offset and date are right where the input says otherwise",
+    )
     command.add_argument("--nodata", type=float, action="append", help="may be repeated")
     command.add_argument("--fill", help="for missing bands: mean, zero, or B10=B9,B1=mean")
     command.add_argument("--tolerance", type=float, help="nm by which a band may stand in")
@@ -227,7 +276,7 @@ def _add_zero_shot(commands: Any) -> None:
 def _add_maps(commands: Any) -> None:
     similar = commands.add_parser("similar", help="places alike, in what `geofm embed` wrote")
     similar.add_argument("embeddings", type=Path, help="GeoTIFF, .parquet or .zarr of embeddings")
-    similar.add_argument("--at", required=True, metavar="LON,LAT", help="degrees; --at=-3.1,40.2")
+    similar.add_argument("--at", required=True, metavar="LON,LAT", help="degrees, as -3.1,40.2")
     similar.add_argument("--top", type=_positive, default=20, help="places to list (%(default)s)")
 
     segment = commands.add_parser("segment", help="group cells into classes by k-means")
@@ -256,7 +305,7 @@ def _add_maps(commands: Any) -> None:
             help=kinds if drawn else ".parquet or .zarr",
         )
         if drawn:
-            command.add_argument("--image", type=Path, help="what was embedded, beside the map")
+            command.add_argument("--image", help="what was embedded, beside the map")
             command.add_argument("--bands", help="of the image: names in order, B1,B2,...")
             command.add_argument("--sensor", help="whose names they are (sentinel2)")
             command.add_argument("--attribution", help="whose data it is")
@@ -335,10 +384,11 @@ def _info(options: argparse.Namespace) -> int:
     from geofm.tables import card_text
 
     card = registry.model_card(options.name)
+    known = hub.file_sha256(card)
     if options.json:
-        print(json.dumps(asdict(card), indent=2, default=str))
+        print(json.dumps({**asdict(card), "file_sha256": known}, indent=2, default=str))
     else:
-        print(card_text(card))
+        print(card_text(card, known))
         print(f"cached:    {'yes' if hub.is_cached(card) else 'no'}")
     return 0
 
@@ -442,16 +492,23 @@ def _embed(options: argparse.Namespace) -> int:
 def _predict(options: argparse.Namespace) -> int:
     from geofm.raster import predict_raster
 
-    words = [word.strip() for word in options.classes.split(",")]
-    named = not (len(words) == 1 and words[0].isdecimal())
-    count = len(words) if named else int(words[0])
-    model = _model(options, num_classes=count)
+    words = [word.strip() for word in options.classes.split(",")] if options.classes else []
+    number_alone = len(words) == 1 and words[0].isdecimal()
+    # The file's own head: a new one would be untrained.
+    model = _model(options, num_classes=None)
+    count = int(model.num_classes)
+    asked = int(words[0]) if number_alone else len(words) or count
+    if asked != count:
+        raise ModelError(
+            f"{options.weights} has a head for {count} classes, {asked} are named; name all of "
+            f"them in the order of training, or leave --classes out"
+        )
     predict_raster(
         model,
         options.input,
         options.output,
         kind=options.kind,
-        classes=words if named else None,
+        classes=None if number_alone else words or None,
         **_raster_options(options),
     )
     print(f"wrote {options.output}: {options.kind} of {count} classes")
@@ -467,6 +524,9 @@ def _raster_options(options: argparse.Namespace) -> dict[str, Any]:
         "sensor": options.sensor,
         "offset": options.offset,
         "baseline": options.baseline,
+        "date": options.date,
+        "align": options.align,
+        "strict": not options.no_strict,
         "fill": _fill(options.fill),
         "tolerance": options.tolerance,
         "window": options.window,

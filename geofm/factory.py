@@ -29,7 +29,7 @@ def create_model(
     name: str,
     pretrained: bool | str | os.PathLike[str] = False,
     *,
-    num_classes: int = 0,
+    num_classes: int | None = 0,
     bands: Sequence[str | Band] | None = None,
     in_chans: int | None = None,
     features_only: bool = False,
@@ -52,7 +52,7 @@ def create_model(
             one, with a warning. A tag (``"mmearth64"``): exactly that checkpoint. A path: a file in
             any layout geofm or the authors write, or a folder (or TOML file) with a weight card.
         num_classes: Outputs of a new linear head; 0 for features. A file's own head is kept if it
-            has as many.
+            has as many. None: the file's own head, whatever it has, or an error.
         bands: Bands of the input, by name, in channel order. The first layer's weights are selected
             and reordered to fit, so four bands cost four channels. None: the checkpoint's bands.
         in_chans: Number of input channels; needed only for untrained models of unnamed bands.
@@ -70,10 +70,10 @@ def create_model(
         **kwargs: Arguments of the architecture, for example ``patch_size``, ``stem_padding``.
 
     Returns:
-        The model, in training mode, with three more attributes: ``card`` (its `WeightCard`, None
+        The model, in training mode, with four more attributes: ``card`` (its `WeightCard`, None
         for random weights or a file without one), ``weights_origin`` (the card's name or the path,
-        None for random weights) and ``input_spec`` (what its first layer expects, None if that is
-        not known).
+        None for random weights), ``weights_sha256`` (of the file they were read from, likewise) and
+        ``input_spec`` (what its first layer expects, None if that is not known).
 
     Raises:
         UnknownModelError: No such model or tag.
@@ -83,7 +83,8 @@ def create_model(
         LayoutError: The checkpoint does not match the model exactly.
         UnsafeFileError: The checkpoint could only be read by executing code.
         BandError: A band is unknown to the checkpoint.
-        ModelError: Arguments contradict each other or the checkpoint.
+        ModelError: Arguments contradict each other or the checkpoint, or it has no head
+            (num_classes=None).
     """
     architecture, tag = _named(name)
     _check_request(
@@ -97,6 +98,8 @@ def create_model(
         named=bands if bands is not None else trained_bands,
     )
     weights = find_weights(architecture, tag, pretrained)
+    if num_classes is None:
+        num_classes = _classes_in(architecture, weights)
     inferred = _arguments_in(architecture, weights) if weights else {}
     card = _describing_card(architecture, tag, weights, inferred)
     arguments = _resolve_arguments(architecture, weights, card, inferred, kwargs)
@@ -131,6 +134,7 @@ def create_model(
         model = _feature_pyramid(model, out_indices)
     model.card = weights.card if weights else None  # type: ignore[assignment]
     model.weights_origin = weights.origin if weights else None  # type: ignore[assignment]
+    model.weights_sha256 = weights.sha256 if weights else None  # type: ignore[assignment]
     model.input_spec = spec  # type: ignore[assignment]
     return model
 
@@ -204,7 +208,7 @@ def _named(name: str) -> tuple[Architecture, str | None]:
 def _check_request(
     architecture: Architecture,
     *,
-    num_classes: int,
+    num_classes: int | None,
     bands: Sequence[Any] | None,
     in_chans: int | None,
     features_only: bool,
@@ -214,7 +218,7 @@ def _check_request(
 ) -> None:
     """Refuse arguments that contradict each other, before anything is fetched."""
     name = architecture.name
-    if not isinstance(num_classes, int) or num_classes < 0:
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 0):
         raise ModelError(f"num_classes must be 0 or more, got {num_classes!r}")
     if features_only and architecture.kind != "encoder":
         raise ModelError(f"{name} is no encoder and has no features_only form")
@@ -341,6 +345,20 @@ def _check_channels(
             + (f" ({', '.join(spec.bands)})" if spec else "")
             + f", not {in_chans}; to use others, name them: bands=[...]"
         )
+
+
+def _classes_in(architecture: Architecture, weights: FoundWeights | None) -> int:
+    """Classes of a file's own head."""
+    key = f"{architecture.classifier}.weight"
+    if not architecture.classifier:
+        raise ModelError(f"{architecture.name} has no head for classes; leave num_classes out")
+    if weights is None or key not in weights.state:
+        raise ModelError(
+            f"{weights.origin if weights else 'an untrained model'} has no head (no {key}), so it "
+            f"knows no classes: train one first, with create_model(..., num_classes=n) on labelled "
+            f"images (docs/finetuning.md), and give the file that you save then"
+        )
+    return int(weights.state[key].shape[0])
 
 
 def _arguments_in(architecture: Architecture, weights: FoundWeights) -> dict[str, Any]:

@@ -56,6 +56,7 @@ __all__ = [
     "cache_entries",
     "clean_cache",
     "fetch",
+    "file_sha256",
     "is_cached",
     "load_card_weights",
     "load_file_weights",
@@ -99,6 +100,25 @@ def sha256_of(path: Path) -> str:
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_sha256(card: WeightCard) -> str | None:
+    """The whole sha256 of a card's file.
+
+    Args:
+        card: The card.
+
+    Returns:
+        As the card states it, or as it was recorded at the first download; None if it is not known
+        yet: the card states none or only its beginning, and the file was never fetched.
+
+    Raises:
+        HashMismatchError: The record is damaged.
+    """
+    if card.bundled and len(card.source.sha256 or "") < 64:
+        path = _bundled_path(card)
+        return sha256_of(path) if path.is_file() else None
+    return _known_hash(card.source)
 
 
 def is_cached(card: WeightCard) -> bool:

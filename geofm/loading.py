@@ -32,12 +32,14 @@ class FoundWeights:
         card: The card that describes them; None for a file without one.
         origin: What to call them in messages: the card's name, or the file's path.
         layout: Name of the layout the file is in.
+        sha256: Of the file; None if it is not known.
     """
 
     state: State
     card: WeightCard | None
     origin: str
     layout: str
+    sha256: str | None = None
 
 
 def find_weights(
@@ -92,7 +94,9 @@ def find_weights(
 
 
 def _from_card(card: WeightCard) -> FoundWeights:
-    return FoundWeights(hub.load_card_weights(card), card, card.name, card.layout)
+    state = hub.load_card_weights(card)
+    # Known by now: the file was verified against it.
+    return FoundWeights(state, card, card.name, card.layout, hub.file_sha256(card))
 
 
 def _best_available(architecture: Architecture) -> FoundWeights:
@@ -136,12 +140,12 @@ def _from_path(architecture: Architecture, path: Path) -> FoundWeights:
         return _from_own_card(architecture, path)
     state, layout = hub.load_file_weights(path)
     card = None
+    digest = hub.sha256_of(path)
     if layout == "native":
         # Copies of published files keep their hash, and with it their card.
-        digest = hub.sha256_of(path)
         hashes = {c.source.sha256: c for c in published_cards().values() if c.source.sha256}
         card = next((c for known, c in hashes.items() if digest.startswith(str(known))), None)
-    return FoundWeights(state, card, str(path), layout)
+    return FoundWeights(state, card, str(path), layout, digest)
 
 
 def load_exactly(

@@ -36,11 +36,12 @@ def checkpoint_table(filter: str = "*") -> str:
     return "\n".join(rows)
 
 
-def card_text(card: WeightCard) -> str:
+def card_text(card: WeightCard, file_sha256: str | None = None) -> str:
     """What a card says, for reading.
 
     Args:
         card: The card.
+        file_sha256: Whole hash of its file, where that is known; None for what the card states.
 
     Returns:
         Several lines.
@@ -52,6 +53,7 @@ def card_text(card: WeightCard) -> str:
         "divide": f"DN / {spec.divisor or 1:g}",
         "range": "DN to -1..1 by a range per band, inside the model",
     }[spec.normalization]
+    published = card.source.sha256 or "not published; recorded at the first download"
     lines = [
         f"{card.name}: {card.title}",
         f"arguments: {arguments}",
@@ -68,7 +70,8 @@ def card_text(card: WeightCard) -> str:
         lines.append(f"variables: {names}")
     lines += [
         f"source:    {card.source}",
-        f"sha256:    {card.source.sha256 or 'not published; recorded at the first download'}",
+        f"sha256:    {file_sha256 or published}",
+        f"card hash: {card.sha256}",
         f"licence:   weights: {card.licence.weights}; code: {card.licence.code}; "
         f"data: {card.licence.data}",
     ]

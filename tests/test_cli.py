@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,9 +11,15 @@ from pathlib import Path
 
 import pytest
 import rasterio
+import torch
+from loopback import FileHost, serving
+from safetensors.torch import save_file
 
+import geofm
 from geofm.cli import main
+from geofm.colours import colour_of
 from geofm.errors import DownloadError, GeofmError
+from geofm.hub import sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +38,32 @@ def test_info_shows_bands_source_and_licence(capsys: pytest.CaptureFixture[str])
     assert json.loads(capsys.readouterr().out)["input"]["divisor"] == 255
 
 
+def test_info_shows_the_hashes_that_outputs_carry(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pyarrow")
+    name = "mpmae_atto.starter"
+    assert main(["info", name]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert main(["info", name, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    weights = ROOT / "weights" / f"{name}.safetensors"
+    card, file = sha256_of(weights.with_suffix(".toml")), sha256_of(weights)
+    assert ["card", "hash:", card] in lines
+    assert ["sha256:", file] in lines
+    assert (told["sha256"], told["file_sha256"]) == (card, file)
+    scene, out, table = (tmp_path / n for n in ("s.tif", "e.tif", "e.parquet"))
+    main(["sample", "scene", str(scene), "--size", "64"])
+    main(["embed", str(scene), "-o", str(out), "--weights", "starter", "--level", "L2A"])
+    main(["export", str(out), "-o", str(table)])
+    with rasterio.open(out) as opened:
+        tags = opened.tags()
+    assert tags["GEOFM_CARD"] == name
+    assert (tags["GEOFM_CARD_SHA256"], tags["GEOFM_FILE_SHA256"]) == (card, file)
+    column = importlib.import_module("pyarrow.parquet").read_table(table)["card_hash"]
+    assert set(column.to_pylist()) == {card}
+
+
 def test_an_error_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "mpmae_ato"]) == 2
     assert capsys.readouterr().err.startswith("geofm: error: there is no model 'mpmae_ato'")
@@ -46,6 +79,83 @@ def test_sample_and_embed_make_a_map_and_a_picture(
     assert out.with_suffix(".png").stat().st_size > 1000
     with rasterio.open(out) as file:
         assert file.count == 320
+
+
+def test_embed_takes_level_and_date_from_the_sample_scene(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene, out = tmp_path / "scene.tif", tmp_path / "embedding.tif"
+    main(["sample", "scene", str(scene), "--size", "64", "--day", "180"])
+    words = ["embed", str(scene), "-o", str(out), "--no-pretrained"]
+    assert main(words) == 0
+    with rasterio.open(out) as file, rasterio.open(scene) as source:
+        assert file.tags()["GEOFM_DATE"] == source.tags()["DATE"]
+        assert "level=L2A" in file.tags()["GEOFM_PREPARE"]
+    assert main([*words, "--level", "L1C"]) == 2
+    assert "level='L1C' was given, but" in capsys.readouterr().err
+    assert main([*words, "--level", "L1C", "--date", "2020-06-04", "--no-strict"]) == 0
+    with rasterio.open(out) as file:
+        assert file.tags()["GEOFM_DATE"] == "2020-06-04"
+        assert "level=L1C" in file.tags()["GEOFM_PREPARE"]
+
+
+def test_embed_can_be_told_what_a_folder_does_not_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from geofm.scenes.samples import write_safe
+
+    product = write_safe(tmp_path, 60)
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for image in product.rglob("*_B*.jp2"):
+        band, metres = image.stem.split("_")[-2:]
+        place = plain / f"{band}.jp2"
+        if metres == "60m" and band != "B01":
+            continue
+        # The coarsest lies half a pixel off, as SSL4EO-S12's do.
+        with rasterio.open(image) as file:
+            a, *_ = transform = file.transform
+            shift = (a - 10) / 2 if band == "B01" else 0
+            moved = transform.translation(-shift, shift) @ transform
+            if not place.exists() or metres == "10m":
+                with rasterio.open(
+                    place.with_suffix(".tif"),
+                    "w",
+                    driver="GTiff",
+                    width=file.width,
+                    height=file.height,
+                    count=1,
+                    dtype="uint16",
+                    crs=file.crs,
+                    transform=moved,
+                ) as copy:
+                    copy.write(file.read())
+    out = tmp_path / "e.tif"
+    words = ["embed", str(plain), "-o", str(out), "--no-pretrained", "--fill", "mean"]
+    for option in ("--align corner", "--units dn", "--level L2A", "--offset -1000"):
+        assert main(words) == 2
+        assert option.split()[0] in capsys.readouterr().err
+        words += option.split()
+    assert main([*words, "--date", "2021-06-29"]) == 0
+    with rasterio.open(out) as file:
+        assert "level=L2A, offset=-1000" in file.tags()["GEOFM_PREPARE"]
+        assert file.tags()["GEOFM_DATE"] == "2021-06-29"
+
+
+def test_embed_and_picture_take_addresses(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scene, out = tmp_path / "scene.tif", tmp_path / "embedding.tif"
+    main(["sample", "scene", str(scene), "--size", "64"])
+    host = FileHost(files={"/a/scene.tif": scene.read_bytes()})
+    with serving(host):
+        address = host.url("/a/scene.tif")
+        assert main(["embed", address, "-o", str(out), "--no-pretrained"]) == 0
+        page = tmp_path / "e.html"
+        assert main(["picture", str(out), "-o", str(page), "--image", address]) == 0
+        assert main(["embed", host.url("/a/no.json"), "-o", str(out), "--no-pretrained"]) == 2
+    said = capsys.readouterr().err
+    assert f"{host.address}/a/no.json cannot be fetched" in said
 
 
 @pytest.mark.parametrize("count", ["0", "-3", "many"])
@@ -105,6 +215,123 @@ def test_predict_is_not_advised_to_take_an_option_it_does_not_have(
     assert "--no-pretrained" not in said
     assert main(["embed", "s.tif", "-o", "e.tif"]) == 2
     assert "--no-pretrained" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scene, a U-Net with a head for three classes, and one without."""
+    folder = tmp_path_factory.mktemp("predict")
+    main(["sample", "scene", str(folder / "scene.tif"), "--size", "64"])
+    torch.manual_seed(0)
+    for name, classes in (("trained", 3), ("bare", 0)):
+        model = geofm.create_model("mpmae_unet_atto", num_classes=classes)
+        save_file(model.state_dict(), folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        (["--classes", "water, forest,field"], ["water", "forest", "field"]),
+        (["--classes", "3"], ["class_0", "class_1", "class_2"]),
+        ([], ["class_0", "class_1", "class_2"]),
+    ],
+)
+def test_predict_takes_the_head_of_the_file(
+    fine_tuned: Path, tmp_path: Path, classes: list[str], names: list[str]
+) -> None:
+    weights, out = fine_tuned / "trained.safetensors", tmp_path / "c.tif"
+    words = ["predict", str(fine_tuned / "scene.tif"), "-o", str(out), "--level", "L2A"]
+    assert main([*words, "--weights", str(weights), *classes]) == 0
+    with rasterio.open(out) as file:
+        tags = file.tags()
+        assert file.colormap(1)[2][:3] == colour_of(2)
+    assert json.loads(tags["GEOFM_CLASSES"]) == names
+    assert tags["GEOFM_FILE_SHA256"] == sha256_of(weights)
+    assert "GEOFM_CARD" not in tags
+
+
+@pytest.mark.parametrize(
+    ("weights", "classes", "says"),
+    [
+        ("trained", ["--classes", "7"], "has a head for 3 classes, 7 are named"),
+        ("trained", ["--classes", "a"], "has a head for 3 classes, 1 are named"),
+        ("trained", ["--classes", "0"], "has a head for 3 classes, 0 are named"),
+        ("bare", ["--classes", "3"], "has no head (no head.weight), so it knows no classes: train"),
+        ("bare", [], "has no head (no head.weight), so it knows no classes: train"),
+    ],
+)
+def test_predict_does_not_answer_with_an_untrained_head(
+    fine_tuned: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    weights: str,
+    classes: list[str],
+    says: str,
+) -> None:
+    words = ["predict", str(fine_tuned / "scene.tif"), "-o", str(tmp_path / "c.tif")]
+    words += ["--level", "L2A", "--weights", str(fine_tuned / f"{weights}.safetensors")]
+    assert main([*words, *classes]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_device_that_is_not_there_is_one_line(
+    fine_tuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["embed", str(fine_tuned / "scene.tif"), "-o", str(tmp_path / "e.tif")]
+    assert main([*words, "--level", "L2A", "--no-pretrained", "--device", "cuda:99"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith("geofm: error: the model cannot run on cuda:99: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "partial", "says"),
+    [
+        ([], True, "interrupted; the same command continues from "),
+        (["--no-resume"], True, "the same command without --no-resume continues from "),
+        ([], False, "interrupted"),
+    ],
+)
+def test_an_interruption_is_one_line_that_says_how_to_go_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    partial: bool,
+    says: str,
+) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        if partial:
+            (tmp_path / "e.tif.partial").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("geofm.raster.embed_raster", stopped)
+    command = ["embed", "s.tif", "-o", str(tmp_path / "e.tif"), "--no-pretrained", *words]
+    assert main(command) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("geofm: ") and said.count("\n") == 1
+    assert f"{says}{tmp_path / 'e.tif.partial' if partial else ''}\n" in said
+
+
+@pytest.mark.parametrize("at", ["-3.1,40.2", "-.5,-40", "9.8,-47"])
+def test_places_west_of_greenwich_need_no_sign_of_equality(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("geofm.maps.commands.run_similar", lambda options: asked.append(options.at))
+    assert main(["similar", "e.tif", "--at", at]) == 0
+    assert main(["similar", "e.tif", f"--at={at}", "--top", "3"]) == 0
+    assert asked == [at, at]
+
+
+def test_negative_values_of_options_may_have_exponents(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, object] = {}
+    monkeypatch.setattr("geofm.cli._embed", lambda options: asked.update(vars(options)) or 0)
+    words = ["embed", "s.tif", "-o", "e.tif", "--nodata", "-3.4e38", "--nodata", "-9999"]
+    assert main([*words, "--offset", "-1e3"]) == 0
+    assert (asked["nodata"], asked["offset"]) == ([-3.4e38, -9999], -1000)
 
 
 def test_embed_is_the_same_every_time(tmp_path: Path) -> None:

@@ -555,6 +555,19 @@ def worldcereal() -> xr.DataArray:
         )
 
 
+def test_netcdf_opens_with_what_the_extra_brings() -> None:
+    path = data("worldcereal", "worldcereal_preprocessed_inputs.nc")
+    with xr.open_dataset(path, engine="h5netcdf", mask_and_scale=False) as opened:
+        names = [name for name in opened if str(name).startswith("S2-L2A-B")]
+        array = opened[names].to_dataarray("band").load()
+    expected = worldcereal()
+    assert array.sizes == {"band": len(names), "t": 12, "y": 100, "x": 100}
+    np.testing.assert_array_equal(
+        array.transpose("t", "band", "y", "x").values.astype(np.uint16), expected.values
+    )
+    np.testing.assert_array_equal(array.t.values, expected.t.values)
+
+
 def test_missing_months_of_a_real_time_series_are_nan() -> None:
     array = worldcereal()
     missing = (array == 65535).all(("band", "y", "x")).values

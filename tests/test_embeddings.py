@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
+import resource
+import signal
 import subprocess
 import sys
 import tracemalloc
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,7 @@ HOLE = (4, 7)
 TAGS = {
     "GEOFM_WEIGHTS": "mpmae_atto.mmearth64",
     "GEOFM_WEIGHTS_HASH": "ab" * 32,
+    "GEOFM_CARD_SHA256": "cd" * 32,
     "GEOFM_PREPARE": "Preprocess(units=dn)",
     "GEOFM_SOURCE": "scene.tif",
     "GEOFM_DATE": "2020-06-04",
@@ -98,6 +103,7 @@ def test_a_table_has_each_cell_with_data_where_it_lies(
     first = table.iloc[0]
     assert first.date == datetime.date(2020, 6, 4)
     assert (first.weights, first.weights_hash) == ("mpmae_atto.mmearth64", "ab" * 32)
+    assert first.card_hash == "cd" * 32
     assert (first.scene, len(first.preprocessing)) == ("scene.tif", 16)
 
 
@@ -120,9 +126,8 @@ def test_what_a_raster_does_not_say_is_null_in_the_table(tmp_path: Path) -> None
     table = export_embeddings(bare, tmp_path / "t.parquet")
     assert json.loads(pq.read_schema(table).metadata[b"geo"])["columns"]["geometry"]["crs"] is None
     found = gpd.read_parquet(table)
-    assert (
-        found[["date", "scene", "weights", "weights_hash", "preprocessing"]].isna().all(axis=None)
-    )
+    told = ["date", "scene", "weights", "weights_hash", "card_hash", "preprocessing"]
+    assert found[told].isna().all(axis=None)
     dated = export_embeddings(bare, tmp_path / "d.parquet", date="2021-01-02")
     assert gpd.read_parquet(dated).date[0] == datetime.date(2021, 1, 2)
 
@@ -153,6 +158,7 @@ def test_xarray_opens_the_arrays_with_coordinates_and_reference_system(
     assert found.rio.crs.to_epsg() == 32632
     assert tuple(found.rio.transform())[:6] == (80.0, 0.0, 4e5, 0.0, -80.0, 5.4e6)
     assert found.attrs["GEOFM_WEIGHTS"] == "mpmae_atto.mmearth64"
+    assert found.attrs["GEOFM_CARD_SHA256"] == "cd" * 32
 
 
 def test_the_output_of_embed_raster_is_scaled_back_from_int8(tmp_path: Path) -> None:
@@ -351,6 +357,25 @@ def test_what_is_no_embedding_is_refused(tmp_path: Path, raster: Path) -> None:
         read_embeddings(tmp_path / "classes.tif")
 
 
+def test_damaged_tables_and_arrays_are_told_so(raster: Path, tmp_path: Path) -> None:
+    table = export_embeddings(raster, tmp_path / "t.parquet")
+    whole = bytearray(table.read_bytes())
+    # The first pages, of the ids; what the file says of itself is at its end.
+    whole[4:4000] = bytes(3996)
+    table.write_bytes(whole)
+    array = export_embeddings(raster, tmp_path / "t.zarr")
+    (chunk,) = (p for p in (array / "embedding" / "c").rglob("*") if p.is_file())
+    chunk.write_bytes(b"no zstd" + chunk.read_bytes()[7:])
+    for path, words in [
+        (table, r"t\.parquet is damaged: .*Export it again"),
+        (array, r"t\.zarr: the array embedding is damaged at row \d, column \d: .*Export it again"),
+    ]:
+        embeddings = read_embeddings(path)
+        for work in (lambda e: e.vector(3, 5), lambda e: segment(e, classes=2)):
+            with pytest.raises(geofm.RasterError, match=words):
+                work(embeddings)
+
+
 def test_an_export_that_cannot_be_is_refused_and_leaves_nothing(
     raster: Path, tmp_path: Path
 ) -> None:
@@ -517,16 +542,68 @@ def test_a_map_is_written_without_a_second_copy_in_memory(tmp_path: Path) -> Non
         assert len(file.overviews(1)) == 5
 
 
-def test_an_embedding_that_cannot_be_written_promises_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        ("copy", True),
+        ("copy", False),
+        ("check_complete", True),
+        ("check_complete", False),
+        ("export", True),
+    ],
+)
+def test_a_full_disk_is_told_so_whatever_gdal_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, told: bool
 ) -> None:
-    def full(*_: Any) -> None:
-        raise OSError("No space left on device")
+    def full(*_: Any, **__: Any) -> None:
+        # GDAL says neither why nor that a file is not complete.
+        if told:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise rasterio.errors.RasterioIOError("Write failed. See previous exception for details.")
 
-    monkeypatch.setattr("geofm.raster.cog.check_complete", full)
-    with pytest.raises(geofm.RasterError, match=r"cannot write .*e\.tif: No space") as caught:
-        write_embedding(tmp_path / "e.tif", grid_of(values_of()))
-    assert "kept" not in str(caught.value)
+    # What fails has been written to a disk that has room again once its remains are gone.
+    free = 2**30
+    if not told:
+        monkeypatch.setattr(
+            "shutil.disk_usage",
+            lambda folder: Namespace(free=1000 if list(Path(folder).glob(".geofm-*")) else free),
+        )
+    if step == "check_complete":
+        for module in ("raster.cog", "embeddings.rasters"):
+            monkeypatch.setattr(f"geofm.{module}.check_complete", full)
+    elif step == "copy":
+        monkeypatch.setattr("rasterio.shutil.copy", full)
+    else:
+        monkeypatch.setattr("zarr.Array.__setitem__", full)
+        monkeypatch.setattr("pyarrow.parquet.ParquetWriter.write_table", full)
+    jobs: dict[str, Callable[[Path], Any]] = {
+        "e.tif": lambda path: write_embedding(path, grid_of(values_of())),
+        "s.tif": lambda path: similar(grid_of(values_of()), vector=np.ones(6), output=path),
+        "c.tif": lambda path: segment(grid_of(values_of()), path, classes=2),
+    }
+    if step == "export":
+        jobs = {
+            "t.parquet": lambda path: export_embeddings(grid_of(values_of()), path),
+            "t.zarr": lambda path: export_embeddings(grid_of(values_of()), path),
+        }
+    for name, job in jobs.items():
+        words = rf"cannot write .*{name}: the disk is full; make room.*\. Nothing of it is kept$"
+        with pytest.raises(geofm.RasterError, match=words):
+            job(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_do_not_fit_on_the_disk_are_told_with_the_systems_reason(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # 4278 values of 4 bytes.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+        with pytest.raises(geofm.RasterError, match=r"e\.tif: File too large\. Nothing"):
+            write_embedding(tmp_path / "e.tif", grid_of(values_of()))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
     assert not list(tmp_path.iterdir())
 
 

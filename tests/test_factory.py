@@ -145,7 +145,9 @@ def test_nan_weights_and_the_meta_device_are_refused(plain: Path, tmp_path: Path
 
 def test_a_head_of_other_classes_is_replaced_with_a_warning(tmp_path: Path) -> None:
     torch.save(geofm.create_model("mpmae_atto", num_classes=7).state_dict(), tmp_path / "7.pth")
-    assert geofm.create_model("mpmae_atto", tmp_path / "7.pth", num_classes=7).num_classes == 7
+    for number in (7, None):
+        model = geofm.create_model("mpmae_atto", tmp_path / "7.pth", num_classes=number)
+        assert model.num_classes == 7
     with pytest.warns(UserWarning, match="a head for 7 classes; the new head for 3 is untrained"):
         geofm.create_model("mpmae_atto", tmp_path / "7.pth", num_classes=3)
     assert isinstance(geofm.create_model("mpmae_atto", tmp_path / "7.pth").head, nn.Identity)
@@ -158,7 +160,8 @@ def test_a_head_of_other_classes_is_replaced_with_a_warning(tmp_path: Path) -> N
         ({"tolerance": 20, "new_bands": "mean"}, "tolerance, new_bands says how"),
         ({"in_chans": 0}, "in_chans must be 1 or more"),
         ({"in_chans": 3, "bands": ["B2"]}, "in_chans=3, but 1 bands"),
-        ({"num_classes": None}, "num_classes must be 0 or more"),
+        ({"num_classes": "7"}, "num_classes must be 0 or more"),
+        ({"num_classes": None}, "an untrained model has no head"),
         ({"drop_path_rate": 1.5}, "drop_path_rate must be from 0"),
         ({"global_pool": "token"}, "global_pool must be"),
         ({"patch_size": "8"}, "multiple of 8"),

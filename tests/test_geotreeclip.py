@@ -246,6 +246,10 @@ def test_variables_come_as_tensor_columns_or_rows_alike(tiny: GeoTreeCLIP) -> No
         ({"soil_moisture_0_5cm": 0.31}, "looks like a fraction.*multiply soil moisture by 1000"),
         ({"latitude": 480}, "latitude of sample 0 is 480.*from -90 to 90"),
         ({"elevation": -9999}, "no-data value"),
+        ({"bio01": -999}, "bio01 of sample 0 is -999, a usual no-data value.*None or NaN"),
+        ({"bio01": [91, -3.4e38]}, r"bio01 of sample 1 is -3\.4e\+38"),
+        ({"bio12": np.float32(-999.9)}, "bio12 of sample 0 is -999.9, a usual no-data value"),
+        ({"bio06": [-264, -32768]}, "bio06 of sample 1 is -32768, a usual no-data value"),
         ({"bio1": 250}, "unknown variables: bio1; known are longitude"),
         ({}, "none are given"),
         ({"bio01": [1, 2], "bio02": [1]}, "different lengths"),
@@ -260,6 +264,9 @@ def test_wrong_variables_and_units_are_refused(tiny: GeoTreeCLIP, given, words: 
 def test_real_tenths_of_a_degree_are_not_refused(tiny: GeoTreeCLIP) -> None:
     # An average over an area is no integer, and a cold site has small numbers.
     auxiliary_table({"bio01": 25, "bio05": 181, "bio06": -132}, tiny.variables)
+    # Colder than what it was trained on is not yet a no-data value.
+    auxiliary_table({"bio01": -230, "bio05": 81, "bio06": -500}, tiny.variables)
+    auxiliary_table({"bio01": -999}, tiny.variables, check_units=False)
     auxiliary_table({"bio01": 25.3, "bio05": 181.2, "bio06": -132.4}, tiny.variables)
     # An annual mean of 4.5 degC, interpolated, and one beside a warm month that is not known.
     auxiliary_table({"bio01": 45.3}, tiny.variables)

@@ -19,9 +19,9 @@ from sklearn.decomposition import PCA
 
 import geofm
 from geofm import maps
+from geofm.colours import CATEGORIES, OTHER
 from geofm.datasets import samples
 from geofm.embeddings import segment, similar
-from geofm.embeddings.colours import CATEGORIES, OTHER
 from geofm.embeddings.grids import Grid
 from geofm.maps.commands import run_picture, run_segment, run_similar
 from geofm.maps.layers import stretched
@@ -555,3 +555,54 @@ def test_without_javascript_both_images_are_seen(pages: Path) -> None:
     assert left.mean() < 0.05
     assert right.mean() > 0.8
     assert len(np.unique(pixels[120:200, 60:440].reshape(-1, 3), axis=0)) > 100
+
+
+# --- images from elsewhere ------------------------------------------------------------------------
+
+
+def test_an_image_that_is_not_there_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no .*absent\.tif"):
+        maps.true_colour_layer(tmp_path / "absent.tif")
+
+
+def test_a_picture_needs_no_grids_that_nest(tmp_path: Path) -> None:
+    for name, size, metres in (("B02", 16, 10), ("B03", 16, 10), ("B04", 16, 10), ("B05", 8, 20)):
+        shift = (metres - 10) / 2
+        with rasterio.open(
+            tmp_path / f"{name}.tif",
+            "w",
+            driver="GTiff",
+            width=size,
+            height=size,
+            count=1,
+            dtype="uint16",
+            crs="EPSG:32631",
+            transform=rasterio.Affine(metres, 0, 4e5 - shift, 0, -metres, 5e6 + shift),
+        ) as file:
+            file.write(np.arange(size * size, dtype=np.uint16).reshape(1, size, size) + 500)
+    with pytest.raises(geofm.RasterError, match="do not nest"):
+        geofm.open_scene(tmp_path)
+    assert maps.true_colour_layer(tmp_path).title == "true colour"
+
+
+def test_damaged_files_are_named_with_the_cause(tmp_path: Path) -> None:
+    path = tmp_path / "classes.tif"
+    profile = {
+        "driver": "GTiff",
+        "width": 64,
+        "height": 64,
+        "dtype": "uint8",
+        "compress": "deflate",
+    }
+    # A map of classes, and components.
+    for count in (1, 3):
+        with rasterio.open(path, "w", **profile, count=count) as file:
+            file.write(np.random.default_rng(0).integers(0, 9, (count, 64, 64)).astype(np.uint8))
+        with rasterio.open(path) as file:
+            begin = int(file.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1))
+        content = bytearray(path.read_bytes())
+        content[begin : begin + 16] = b"\xff" * 16
+        path.write_bytes(content)
+        with pytest.raises(geofm.RasterError, match=r"classes\.tif cannot be read") as refused:
+            maps.open_layer(path)
+        assert "previous exception" not in str(refused.value)

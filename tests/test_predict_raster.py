@@ -13,7 +13,10 @@ import torch
 from test_windows import noise
 
 import geofm
-from geofm import predict_raster
+from geofm import maps, predict_raster
+from geofm.colours import NO_DATA, colour_of
+from geofm.hub import sha256_of
+from geofm.raster.networks import running, weights_tags
 
 BANDS = ["B2", "B3"]
 
@@ -58,8 +61,15 @@ def test_the_map_of_classes_is_of_the_blended_probabilities(tmp_path: Path) -> N
     np.testing.assert_allclose(shares.sum(axis=0)[valid], 1, atol=1e-5)
     out = tmp_path / "out.tif"
     predict_raster(model, image, out, **options, kind="classes")
+    layer = maps.open_layer(out)
+    assert {e.label for e in layer.entries} <= {"class_0", "class_1", "class_2"}
+    assert {e.label: e.colour for e in layer.entries}.items() <= {
+        f"class_{i}": colour_of(i) for i in range(3)
+    }.items()
     with rasterio.open(out) as file:
         classes = file.read(1)
+        colours = file.colormap(1)
+        assert [colours[i][:3] for i in (0, 1, 2, 255)] == [*map(colour_of, range(3)), NO_DATA]
         assert file.dtypes == ("uint8",)
         assert file.nodata == 255
         assert json.loads(file.tags()["GEOFM_CLASSES"]) == ["class_0", "class_1", "class_2"]
@@ -82,6 +92,31 @@ def test_a_classifier_labels_windows_and_one_without_pooling_labels_cells() -> N
     with torch.inference_mode():
         expected = cells(prepared(cells, image))[0].numpy()
     np.testing.assert_allclose(got.values, expected, atol=1e-4)
+
+
+def test_a_class_map_keeps_its_colours_and_classes_in_its_overviews(tmp_path: Path) -> None:
+    model, out = head("mpmae_atto", stem_padding="aligned", global_pool=""), tmp_path / "out.tif"
+    options: dict[str, Any] = {"level": "L2A", "kind": "classes", "classes": ["forest", "b", "ü"]}
+    predict_raster(model, noise(8, 8 * 520), out, **options)
+    with rasterio.open(out, overview_level=0) as file:
+        assert file.shape == (1, 260)
+        assert file.colorinterp == (rasterio.enums.ColorInterp.palette,)
+        assert file.colormap(1)[1][:3] == colour_of(1)
+        assert set(np.unique(file.read(1))) <= {0, 1, 2}
+    assert {e.label for e in maps.open_layer(out).entries} <= {"forest", "b", "ü"}
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "no such device"])
+def test_a_device_that_is_not_there_is_told_so(device: str) -> None:
+    with pytest.raises(geofm.RasterError, match=f"cannot run on {device}: .*such as cpu"):
+        predict_raster(head("mpmae_atto"), noise(64, 64), level="L2A", device=device)
+
+
+def test_a_models_own_error_is_not_taken_for_a_missing_device() -> None:
+    model = head("mpmae_atto")
+    with pytest.raises(RuntimeError, match="on the device") as caught, running(model, "cpu"):
+        raise RuntimeError("something of the model went wrong on the device")
+    assert not isinstance(caught.value, geofm.GeofmError)
 
 
 def test_the_models_mode_is_left_as_it_was() -> None:
@@ -136,3 +171,19 @@ def test_what_cannot_be_predicted_is_refused(
     model = geofm.create_model("mpmae_atto", bands=BANDS, num_classes=classes)
     with pytest.raises(geofm.GeofmError, match=words):
         predict_raster(model, noise(64, 64), level="L2A", **options)
+
+
+def test_the_hash_of_the_weights_does_not_depend_on_where_they_were_read_from(
+    tmp_path: Path,
+) -> None:
+    state = head("mpmae_atto").state_dict()
+    tags = []
+    for name in ("a.pth", "b.pth"):
+        torch.save(state, tmp_path / name)
+        model = geofm.create_model(
+            "mpmae_atto", tmp_path / name, trained_bands=BANDS, num_classes=None
+        )
+        tags.append(weights_tags(model))
+        assert tags[-1]["GEOFM_FILE_SHA256"] == sha256_of(tmp_path / name)
+    assert tags[0]["GEOFM_WEIGHTS"] != tags[1]["GEOFM_WEIGHTS"]
+    assert tags[0]["GEOFM_WEIGHTS_HASH"] == tags[1]["GEOFM_WEIGHTS_HASH"]

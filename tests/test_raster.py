@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import errno
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import rasterio
+import rasterio.control
 import torch
 from conftest import data
+from loopback import FileHost, serving
 from rasterio.windows import Window
-from sklearn.decomposition import PCA
-from test_windows import noise, small_mpmae
+from test_windows import Identity, noise, small_mpmae
 
 import geofm
+from geofm import maps
 from geofm.datasets import samples
-from geofm.raster import Embedding, RasterImage, embed_raster, principal_components, read_image
-from geofm.raster.picture import save_quicklook
+from geofm.maps.sources import draw_embedding
+from geofm.raster import RasterImage, embed_raster, read_image
 from geofm.raster.sources import FileSource, SceneSource, _is_product, _size_and_time
-from geofm.scenes import Scene, SceneBand
+from geofm.scenes import CLOUDY, Scene, SceneBand, open_scene
+from geofm.scenes.samples import write_safe
 
 L2A = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B11 B12".split()
 L1C = "B1 B2 B3 B4 B5 B6 B7 B8 B8A B9 B10 B11 B12".split()
@@ -136,8 +143,15 @@ def test_a_file_that_is_no_raster_is_an_error(model: torch.nn.Module, tmp_path: 
     path.write_text("not a raster")
     with pytest.raises(geofm.GeofmError, match=r"notes\.tif cannot be read"):
         embed_raster(model, path, level="L2A")
-    with pytest.raises(geofm.GeofmError, match="cannot be read"):
-        embed_raster(model, tmp_path / "absent.tif", level="L2A")
+
+
+@pytest.mark.parametrize("name", ["absent.tif", "absent.SAFE", "absent.json", "absent/B*.tif"])
+def test_a_file_that_is_not_there_is_not_found(
+    model: torch.nn.Module, name: str, tmp_path: Path
+) -> None:
+    with pytest.raises(geofm.DataNotFoundError, match=r"there is no|no .* file matches"):
+        embed_raster(model, tmp_path / name, level="L2A")
+    assert issubclass(geofm.DataNotFoundError, FileNotFoundError)
 
 
 def test_nothing_half_written_is_left_behind(
@@ -147,8 +161,14 @@ def test_nothing_half_written_is_left_behind(
         embed_raster(model, scene, tmp_path / "absent" / "out.tif", level="L2A")
     out = tmp_path / "out.tif"
     out.write_text("precious")
+    with rasterio.open(scene, "r+") as file:
+        bare = tmp_path / "bare.tif"
+        with rasterio.open(bare, "w", **file.profile) as copy:
+            copy.write(file.read())
+            copy.descriptions = file.descriptions
     with pytest.raises(geofm.PixelError, match="say level"):
-        embed_raster(model, scene, out)
+        embed_raster(model, bare, out)
+    bare.unlink()
     assert out.read_text() == "precious"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.tif"]
 
@@ -159,20 +179,6 @@ def test_a_segmentation_model_has_no_embedding_map(scene: Path) -> None:
         embed_raster(unet, scene, level="L2A")
 
 
-def test_principal_components_are_scikit_learns_up_to_sign() -> None:
-    rng = np.random.default_rng(0)
-    values = (rng.normal(size=(7, 7)) @ rng.normal(size=(7, 60))).reshape(7, 6, 10)
-    values = values.astype(np.float32)
-    ours = principal_components(values)
-    theirs = PCA(3).fit_transform(values.reshape(7, -1).T).T.reshape(3, 6, 10)
-    for a, b in zip(ours, theirs, strict=True):
-        sign = np.sign((a * b).sum())
-        np.testing.assert_allclose(a, sign * b, atol=1e-4)
-    values[:, 0, 0] = np.nan
-    assert np.isnan(principal_components(values)[:, 0, 0]).all()
-    assert np.isfinite(principal_components(values)[:, 1:]).all()
-
-
 def test_picture_shows_the_image_beside_its_embedding_and_marks_untrained_weights(
     model: torch.nn.Module, scene: Path, tmp_path: Path
 ) -> None:
@@ -181,14 +187,66 @@ def test_picture_shows_the_image_beside_its_embedding_and_marks_untrained_weight
     path = tmp_path / "look.png"
     embed_raster(model, scene, picture=path, level="L2A")
     picture = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    height, width, _ = picture.shape
-    assert width > 2 * 90
-    assert height > 120
-    red = (picture[:30, :, 0] > 200) & (picture[:30, :, 1] < 80) & (picture[:30, :, 2] < 80)
+    width = picture.shape[1]
+    # Titles are in the first 0.45 inches, at 150 dots an inch.
+    titles = picture[:67]
+    red = (titles[..., 0] > 200) & (titles[..., 1] < 80) & (titles[..., 2] < 80)
     assert red[:, width // 2 :].any()
     assert not red[:, : width // 2].any()
-    assert picture[40:, : width // 2].std() > 10
-    assert picture[40:, width // 2 :].std() > 10
+    assert picture[80:700, : width // 2].std() > 10
+    assert picture[80:700, width // 2 :].std() > 10
+
+
+def test_the_picture_is_that_of_the_maps(
+    model: torch.nn.Module, scene: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.tif"
+    embed_raster(model, scene, out, picture=tmp_path / "a.png", level="L2A")
+    layer, base = maps.open_layer(out), maps.true_colour_layer(scene)
+    maps.write_png(tmp_path / "b.png", layer, base)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("output", [None, "out.tif"])
+def test_one_component_and_no_data_have_pictures_too(
+    model: torch.nn.Module, scene: Path, tmp_path: Path, output: str | None
+) -> None:
+    out = tmp_path / output if output else None
+    embed_raster(model, scene, out, picture=tmp_path / "a.png", level="L2A", pca=1)
+    image = read_image(scene)
+    empty = dataclasses.replace(image, pixels=np.ma.zeros(image.pixels.shape, np.uint16))
+    embed_raster(model, empty, out, picture=tmp_path / "b.png", level="L2A")
+    assert {p.name for p in tmp_path.iterdir()} == {"a.png", "b.png"} | ({output} - {None})
+
+
+def test_a_picture_that_cannot_be_written_says_that_the_raster_is_complete(
+    model: torch.nn.Module, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    out = tmp_path / "out.tif"
+    words = r"a\.png: the disk is full; make room\. The raster is complete: .*out\.tif$"
+    with pytest.raises(geofm.RasterError, match=words):
+        embed_raster(model, scene, out, picture=tmp_path / "a.png", level="L2A")
+    assert [p.name for p in tmp_path.iterdir()] == ["out.tif"]
+    with rasterio.open(out) as file:
+        assert file.count == 320
+
+
+def test_values_of_a_damaged_file_are_an_error_that_names_it(
+    model: torch.nn.Module, scene: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.tif"
+    embedding = embed_raster(model, scene, out, level="L2A")
+    whole = out.read_bytes()
+    out.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(geofm.RasterError, match=r"out\.tif cannot be read"):
+        _ = embedding.values
+    out.unlink()
+    with pytest.raises(geofm.RasterError, match=r"out\.tif cannot be read"):
+        _ = embedding.values
 
 
 @pytest.mark.parametrize(
@@ -292,30 +350,34 @@ def test_the_query_of_an_address_is_kept_to_itself() -> None:
     assert found[0] == found[1]
 
 
-def test_a_picture_reads_three_bands_and_a_strip_at_a_time(
+def test_a_picture_reads_three_bands_and_a_part_at_a_time(
     model: torch.nn.Module, scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out.tif"
     embedding = embed_raster(model, scene, out, level="L2A")
-    whole = embedding.reduced(12).values
-    assert whole.shape == (320, 12, 10)
-    monkeypatch.setattr("geofm.raster.grids._STRIP_BYTES", 4 * 320 * 10 * 5)
-    strips = [*embedding.strips(12)]
-    assert [strip.shape[1] for strip in strips] == [5, 5, 2]
-    in_memory = Embedding(embedding.values, embedding.transform, embedding.crs, 8, 0.0, {})
-    np.testing.assert_array_equal(
-        np.concatenate([*in_memory.strips(12)], axis=1), in_memory.reduced(12).values
-    )
+    monkeypatch.setattr("geofm.raster.grids._STRIP_BYTES", 4 * 320 * 12 * 5)
+    with rasterio.open(out) as file:
+        np.testing.assert_array_equal(embedding.values, file.read())
     source = FileSource(scene, None)
-    asked = []
-    read = source.read
-    monkeypatch.setattr(
-        source, "read", lambda bands, *place: (asked.append(list(bands)), read(bands, *place))[1]
-    )
-    save_quicklook(tmp_path / "a.png", source, embedding, "sentinel2")
+    draw_embedding(tmp_path / "a.png", source, embedding, "sentinel2")
+    monkeypatch.setattr("geofm.maps.sources._STRIP", 50)
+    monkeypatch.setattr("geofm.maps.sources._WIDE", 64)
+    asked, read = [], source.read
+
+    def watched(bands: Any, *place: int) -> Any:
+        asked.append((sorted(bands), place))
+        return read(bands, *place)
+
+    monkeypatch.setattr(source, "read", watched)
+    draw_embedding(tmp_path / "b.png", source, embedding, "sentinel2")
     source.close()
-    assert asked
-    assert all(sorted(bands) == ["B2", "B3", "B4"] for bands in asked)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    assert all(bands == ["B2", "B3", "B4"] for bands, _ in asked)
+    assert [place for _, place in asked] == [
+        (top, left, min(50, 120 - top), wide)
+        for top in (0, 50, 100)
+        for left, wide in ((0, 64), (64, 26))
+    ]
 
 
 def test_masks_of_the_file_count_as_no_data(
@@ -346,21 +408,25 @@ def test_declared_scales_are_pointed_out(
     with rasterio.open(scene) as source, rasterio.open(scaled, "w", **source.profile) as file:
         file.write(source.read())
         file.descriptions = source.descriptions
-        file.scales, file.offsets = (0.0001,) * 12, (-0.1,) * 12
+        file.scales, file.offsets = (2.75e-5,) * 12, (-0.2,) * 12
     with pytest.warns(UserWarning, match="declares scales and offsets"):
         embed_raster(model, scaled, level="L2A")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        # Who says it knows what the values mean.
+        embed_raster(model, scaled, level="L2A", units="dn")
+    with pytest.warns(UserWarning, match="are not applied"):
+        read_image(scaled)
 
 
 def test_true_colour_follows_the_images_own_sensor(scene: Path, tmp_path: Path) -> None:
-    from geofm.raster.picture import _true_colour
-
     with rasterio.open(scene) as source:
         image = read_image(scene, [f"SR_B{i}" for i in range(1, 13)])
         red, green, blue = source.read([3, 2, 1])
-    title, colour = _true_colour(image, "landsat_tm")
-    assert title == "true colour"
+    layer = maps.true_colour_layer(image, sensor="landsat_tm")
+    assert layer.title == "true colour"
     for channel, band in enumerate((red, green, blue)):
-        assert np.corrcoef(colour[..., channel].ravel(), band.ravel())[0, 1] > 0.8
+        assert np.corrcoef(layer.pixels[..., channel].ravel(), band.ravel())[0, 1] > 0.8
 
 
 def test_images_beyond_memory_are_refused_before_they_are_computed(
@@ -387,6 +453,36 @@ def test_rotated_rasters_are_georeferenced(tmp_path: Path) -> None:
     flat = dataclasses.replace(image, transform=(10.0, 10.0, 0.0, 10.0, 10.0, 0.0))
     with pytest.raises(geofm.RasterError, match="pixels have no area"):
         embed_raster(model, flat)
+    for wrong, words in (
+        ((10.0, 0.0, float("nan"), 0.0, -10.0, 0.0), "six finite numbers"),
+        ((10.0, 0.0, 0.0, 0.0, float("inf"), 0.0), "six finite numbers"),
+        ((10.0, 0.0, 0.0), "expected the six numbers"),
+    ):
+        nowhere = dataclasses.replace(image, transform=wrong)  # type: ignore[arg-type]
+        with pytest.raises(geofm.RasterError, match=words):
+            embed_raster(model, nowhere)
+
+
+def test_a_reference_system_that_nothing_knows_is_refused() -> None:
+    for crs in ("EPSG:999999", "nonsense"):
+        image = dataclasses.replace(noise(40, 40), crs=crs)
+        with pytest.raises(geofm.RasterError, match=f"{crs}' is no coordinate reference system"):
+            embed_raster(small_mpmae(0.0, stem_padding="aligned"), image)
+
+
+def test_ground_control_points_alone_are_no_georeference(tmp_path: Path) -> None:
+    path = tmp_path / "gcps.tif"
+    points = [
+        rasterio.control.GroundControlPoint(row, column, 9 + column / 1e4, 47 - row / 1e4)
+        for row, column in ((0, 0), (0, 40), (40, 0), (40, 40))
+    ]
+    profile = {"driver": "GTiff", "width": 40, "height": 40, "count": 2, "dtype": "uint16"}
+    with rasterio.open(path, "w", **profile, gcps=points, crs="EPSG:4326") as file:
+        file.write(noise(40, 40).pixels.data)
+        file.descriptions = ("B2", "B3")
+    for read in (read_image, geofm.open_scene):
+        with pytest.raises(geofm.RasterError, match=r"4 ground control points.*gdalwarp"):
+            read(path)  # type: ignore[operator]
 
 
 def test_a_missing_crs_is_reported_and_stays_missing(
@@ -427,6 +523,10 @@ def test_a_missing_band_is_named(tmp_path: Path) -> None:
     [
         ({"window": 60}, "multiple of the model's cells of 8 px, got 60; take 64"),
         ({"window": "large"}, "'tile' or 'image', got 'large'"),
+        ({"window": 112.0}, "window must be a whole number, 1 or more, got 112.0"),
+        ({"window": True}, "window must be a whole number"),
+        ({"overlap": 8.0}, "overlap must be a whole number, 0 or more, got 8.0"),
+        ({"batch_size": 1.5}, "batch_size must be a whole number"),
         ({"window": 64, "overlap": 64}, "less than the window"),
         ({"overlap": 4}, "multiple of the model's cells"),
         ({"blend": "median"}, "smooth or centre"),
@@ -439,6 +539,11 @@ def test_a_missing_band_is_named(tmp_path: Path) -> None:
         ({"pca": 0}, "pca must be"),
         ({"pca": 9}, "9 principal components need"),
         ({"mask_classes": [3]}, "no classification"),
+        ({"mask_classes": "cloud"}, "expected numbers of classes.*CLOUDY"),
+        ({"mask_classes": 3}, "expected numbers of classes"),
+        ({"resampling": "foo"}, "resampling is 'foo'; expected one of nearest"),
+        ({"align": "centre"}, "align is 'centre'"),
+        ({"date": "June"}, "a date looks like"),
         ({"fit": "any"}, "for tiles"),
     ],
 )
@@ -452,6 +557,9 @@ def test_options_that_cannot_be_are_refused(
     model = small_mpmae(0.0, stem_padding="aligned")
     with pytest.raises(geofm.GeofmError, match=words):
         embed_raster(model, path, tmp_path / "out.tif", ["B2", "B3"], **options)
+    # An image in memory is refused the same.
+    with pytest.raises(geofm.GeofmError, match=words):
+        embed_raster(model, noise(40, 40), tmp_path / "out.tif", **options)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.tif"]
 
 
@@ -472,5 +580,223 @@ def test_scenes_are_read_band_by_band_on_their_finest_grid(
         model, image, window=112, overlap=0, level="L2A", offset=-1000, blend="centre"
     ).values
     np.testing.assert_allclose(first[:, 28:42, 14:28], expected, atol=1e-4)
-    with pytest.raises(geofm.PixelError, match="say others in open_scene"):
-        embed_raster(model, scene, level="L1C")
+    for said in ({"level": "L1C"}, {"offset": 0}, {"baseline": "05.09"}, {"align": "corner"}):
+        with pytest.raises(geofm.PixelError, match="a scene has its own; say others in open_scene"):
+            embed_raster(model, scene, **said)  # type: ignore[arg-type]
+
+
+# --- what a source says of its pixels ------------------------------------------------------------
+
+PRODUCT = "S2A_MSIL2A_20220629T101031_N0509_R022_T32UNU_20220629T140000"
+
+
+def stack(
+    path: Path,
+    scales: tuple[float, float] | None = None,
+    names: tuple[str, ...] | None = ("B2", "B3"),
+    dtype: str = "uint16",
+    factor: float = 1.0,
+    **tags: str,
+) -> Path:
+    """A file of two bands with values from 1 to 4000 and the given facts."""
+    pixels = np.random.default_rng(0).integers(1200, 4000, (2, 32, 48))
+    profile = {"driver": "GTiff", "width": 48, "height": 32, "count": 2, "dtype": dtype} | PLACE
+    with rasterio.open(path, "w", **profile) as file:
+        file.write((pixels * factor).astype(dtype))
+        if names:
+            file.descriptions = names
+        if scales:
+            file.scales, file.offsets = (scales[0],) * 2, (scales[1],) * 2
+        file.update_tags(**tags)
+    return path
+
+
+def added(path: Path, **options: Any) -> tuple[float, dict[str, str]]:
+    """What is added to stored values, by a network that gives back prepared ones; and the tags."""
+    with rasterio.open(path) as file:
+        stored = file.read().astype(np.float32)
+    grid = embed_raster(Identity(), path, **options)
+    differences = np.unique((grid.values - stored).round(2))
+    assert differences.size == 1
+    return float(differences[0]), grid.tags
+
+
+def test_a_stack_is_prepared_as_its_name_says(tmp_path: Path) -> None:
+    path = stack(tmp_path / f"{PRODUCT}.tif")
+    scene = open_scene(path)
+    assert (scene.level, scene.offset) == ("L2A", -1000)
+    offset, tags = added(path)
+    assert offset == -1000
+    assert "level=L2A, offset=-1000" in tags["GEOFM_PREPARE"]
+    assert tags["GEOFM_DATE"] == "2022-06-29"
+    # The scene and the file give the same.
+    np.testing.assert_array_equal(
+        embed_raster(Identity(), path).values, embed_raster(Identity(), scene).values
+    )
+    assert added(path, level="L2A", offset=-1000, date="2022-06-29")[0] == -1000
+    assert added(path, baseline="05.09")[0] == -1000
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"offset": 0}, r"offset=0.0 was given, but .* say -1000.0; .*--no-strict"),
+        ({"baseline": "03.01"}, r"offset=0.0 was given, but .* say -1000.0"),
+        ({"level": "L1C"}, "level='L1C' was given, but .* say 'L2A'"),
+        ({"units": "reflectance"}, "units='reflectance' was given, but .* say 'dn'"),
+        ({"date": datetime.date(2020, 1, 1)}, "date=2020-01-01 was given, but .* say 2022-06-29"),
+        ({"offset": 0, "baseline": "03.01"}, "not both"),
+    ],
+)
+def test_who_contradicts_a_stack_must_say_so(
+    said: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    path = stack(tmp_path / f"{PRODUCT}.tif")
+    with pytest.raises(geofm.PixelError, match=words):
+        embed_raster(Identity(), path, **said)
+    if said == {"offset": 0}:
+        assert added(path, **said, strict=False)[0] == 0
+
+
+def test_declared_scales_and_tags_say_offset_level_and_date(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert added(stack(tmp_path / "a.tif", (1e-4, -0.1)))[0] == -1000
+        assert added(stack(tmp_path / "b.tif", (1e-4, 0.0)))[0] == 0
+        # The offset is what its name says.
+        assert added(stack(tmp_path / f"{PRODUCT}.tif", (1e-4, 0.0)))[0] == -1000
+        plain = stack(tmp_path / "c.tif", names=None)
+        assert added(plain, bands=["B2", "B3"])[0] == 0
+        offset, tags = added(stack(tmp_path / "d.tif", LEVEL="L2A", DATE="2021-06-29"))
+    assert (offset, tags["GEOFM_DATE"]) == (0, "2021-06-29")
+    assert "level=L2A" in tags["GEOFM_PREPARE"]
+    assert added(plain, bands=["B2", "B3"], date="2020-06-04")[1]["GEOFM_DATE"] == "2020-06-04"
+    assert "GEOFM_DATE" not in added(plain, bands=["B2", "B3"])[1]
+    with pytest.raises(geofm.PixelError, match=r"offset=-500\.0 was given"):
+        embed_raster(Identity(), tmp_path / "a.tif", offset=-500)
+
+
+def test_other_sensors_and_floats_are_taken_as_before(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = Identity()
+        model.input_spec = dataclasses.replace(
+            model.input_spec, sensor="landsat_oli", bands=("B2", "B3")
+        )
+        path = stack(tmp_path / "LC09_L2SP_193026_20220629.tif", names=("SR_B2", "SR_B3"))
+        grid = embed_raster(model, path, sensor="landsat_oli", offset=-200)
+        with rasterio.open(path) as file:
+            np.testing.assert_array_equal(grid.values, file.read().astype(np.float32) - 200)
+        # Reflectance of a product has no offset left, whatever its name says.
+        path = stack(tmp_path / f"{PRODUCT}.tif", dtype="float32", factor=1e-4)
+        grid = embed_raster(Identity(), path, units="reflectance")
+    with rasterio.open(path) as file:
+        np.testing.assert_allclose(grid.values, file.read() * 1e4, rtol=1e-5)
+    assert "units=reflectance, level=L2A, offset=0" in grid.tags["GEOFM_PREPARE"]
+    with pytest.raises(geofm.PixelError, match="belongs to units='dn'"):
+        embed_raster(Identity(), path, units="reflectance", baseline="05.09")
+
+
+def test_a_band_with_a_scale_of_its_own_does_not_hide_the_others(tmp_path: Path) -> None:
+    path = stack(tmp_path / "a.tif", (1e-4, -0.1), names=("B2", "elevation"))
+    with rasterio.open(path, "r+") as file:
+        file.scales, file.offsets = (1e-4, 1.0), (-0.1, 0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        grid = embed_raster(Identity(), path, fill={"B3": "B2"})
+    with rasterio.open(path) as file:
+        np.testing.assert_array_equal(grid.values[1], file.read(1).astype(np.float32) - 1000)
+    with rasterio.open(path, "r+") as file:
+        file.descriptions = ("B2", "B3")
+    with pytest.warns(UserWarning, match="declares scales and offsets"):
+        embed_raster(Identity(), path)
+
+
+def two_grids(folder: Path) -> Path:
+    """Bands whose names say nothing, the coarser one half a pixel off, as SSL4EO-S12's are."""
+    folder.mkdir()
+    for name, size, metres in (("B02", 32, 10), ("B03", 16, 20)):
+        shift = (metres - 10) / 2
+        place = rasterio.Affine(metres, 0, 4e5 - shift, 0, -metres, 5e6 + shift)
+        profile = {"driver": "GTiff", "width": size, "height": size, "count": 1, "dtype": "uint16"}
+        with rasterio.open(
+            folder / f"{name}.tif", "w", **profile, crs="EPSG:32631", transform=place
+        ) as file:
+            pixels = np.random.default_rng(size).integers(1200, 4000, (1, size, size))
+            file.write(pixels.astype(np.uint16))
+    return folder
+
+
+def test_a_product_takes_what_open_scene_takes(tmp_path: Path) -> None:
+    folder = two_grids(tmp_path / "plain")
+    with pytest.raises(geofm.RasterError, match="--align"):
+        embed_raster(Identity(), folder)
+    with pytest.raises(geofm.PixelError, match=r"units of .*--units"):
+        embed_raster(Identity(), folder, align="corner")
+    with pytest.raises(geofm.PixelError, match=r"offset of .*--offset"):
+        embed_raster(Identity(), folder, align="corner", units="dn")
+    said: dict[str, Any] = {"units": "dn", "level": "L2A", "align": "corner", "date": "2020-06-04"}
+    scene = open_scene(folder, offset=-1000, nodata=7, **said)
+    expected = embed_raster(Identity(), scene)
+    for way in ({"offset": -1000}, {"baseline": "N0400"}):
+        got = embed_raster(Identity(), folder, **said, **way, nodata=7)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(got.values, expected.values)
+        assert got.tags == expected.tags
+    assert expected.tags["GEOFM_DATE"] == "2020-06-04"
+    # An item is a product, whatever its file is called.
+    assets = {name: {"href": str(folder / f"{name}.tif")} for name in ("B02", "B03")}
+    item = {"id": "an-item", "properties": {"constellation": "sentinel-2"}, "assets": assets}
+    for source in (item, tmp_path / "item.geojson"):
+        if isinstance(source, Path):
+            source.write_text(json.dumps(item))
+        got = embed_raster(
+            Identity(), source, level="L2A", align="corner", offset=-1000, nodata=7, units="dn"
+        )
+        np.testing.assert_array_equal(got.values, expected.values)
+    with pytest.raises(geofm.BandError, match="the model needs B3"):
+        embed_raster(Identity(), folder, **said, offset=0, sensor="modis")
+
+
+def test_classes_to_mask_are_those_of_the_scene(tmp_path: Path) -> None:
+    scene = open_scene(write_safe(tmp_path, 36))
+    model = Identity()
+    masked = embed_raster(model, scene, mask_classes=CLOUDY)
+    assert np.isnan(masked.values).any()
+    for wrong, words in (
+        ([99], r"mask_classes has 99, .* 9 cloud, high probability.*CLOUDY"),
+        ([-1, 8], "mask_classes has -1"),
+        ("cloud", "expected numbers of classes, such as geofm.scenes.CLOUDY"),
+        ([8.0], "expected numbers of classes"),
+    ):
+        with pytest.raises(geofm.RasterError, match=words):
+            embed_raster(model, scene, mask_classes=wrong)  # type: ignore[arg-type]
+        with pytest.raises(geofm.RasterError, match=words):
+            scene.read(mask_classes=wrong)  # type: ignore[arg-type]
+    with pytest.raises(geofm.RasterError, match="resampling is 'foo'"):
+        embed_raster(model, scene, resampling="foo")
+
+
+def test_errors_of_reading_name_their_cause(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    profile = {"driver": "GTiff", "width": 64, "height": 64, "count": 2, "dtype": "uint16"} | PLACE
+    with rasterio.open(path, "w", **profile, compress="deflate") as file:
+        file.write(noise(64, 64).pixels.data)
+        file.descriptions = ("B2", "B3")
+    with rasterio.open(path) as file:
+        begin = int(file.get_tag_item("BLOCK_OFFSET_0_0", "TIFF", bidx=1))
+    content = bytearray(path.read_bytes())
+    content[begin : begin + 16] = b"\xff" * 16
+    path.write_bytes(content)
+    with pytest.raises(geofm.RasterError, match=r"a\.tif cannot be read at rows 0 to") as refused:
+        embed_raster(Identity(), path)
+    assert "previous exception" not in str(refused.value)
+    assert "Fetch it again" in str(refused.value)
+    host = FileHost()
+    with (
+        serving(host),
+        pytest.raises(geofm.RasterError, match=r"gone\.tif cannot be read.*404") as gone,
+    ):
+        embed_raster(Identity(), host.url("/gone.tif?token=secret"))
+    for words in ("complete", "secret", "previous exception"):
+        assert words not in str(gone.value)
+    assert "Is the address right?" in str(gone.value)

@@ -193,6 +193,38 @@ def test_the_beginning_of_another_run_is_not_continued(
         np.testing.assert_array_equal(file.read(), fresh)
 
 
+@pytest.mark.parametrize("lost", ["all of it", "its end"])
+def test_cells_that_got_lost_are_computed_again(
+    lost: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.tif"
+    model = interrupted(out, monkeypatch)
+    cells = tmp_path / "out.tif.partial" / "cells.raw"
+    if lost == "its end":
+        os.truncate(cells, cells.stat().st_size - 1)
+    else:
+        cells.unlink()
+    options: dict[str, Any] = {"window": 64, "overlap": 16}
+    embed_raster(model, noise(300, 80), out, **options)
+    fresh = embed_raster(model, noise(300, 80), **options).values
+    with rasterio.open(out) as file:
+        np.testing.assert_array_equal(file.read(), fresh)
+
+
+@pytest.mark.parametrize("name", ["done.txt", "plan.json", "fit.npz"])
+def test_a_damaged_beginning_is_named_and_can_be_started_over(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.tif"
+    model = interrupted(out, monkeypatch, dtype="int8")
+    (tmp_path / "out.tif.partial" / name).write_bytes(b"\xff\xfenothing\n")
+    options: dict[str, Any] = {"window": 64, "overlap": 16, "dtype": "int8"}
+    with pytest.raises(geofm.RasterError, match=f"{name} is damaged.*resume=False"):
+        embed_raster(model, noise(300, 80), out, **options)
+    embed_raster(model, noise(300, 80), out, **options, resume=False)
+    assert out.exists()
+
+
 def test_a_run_with_other_names_of_bands_is_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,7 +320,7 @@ def test_a_corrupt_block_is_an_error_and_leaves_no_output(tmp_path: Path) -> Non
     half = len(whole) // 2
     path.write_bytes(whole[:half] + bytes(20_000) + whole[half + 20_000 :])
     out = tmp_path / "out.tif"
-    words = r"scene\.tif cannot be read at rows .*Is the file complete"
+    words = r"scene\.tif cannot be read at rows .*Is it complete"
     with pytest.raises(geofm.RasterError, match=words):
         embed_raster(model, path, out, level="L2A", window=56, overlap=0)
     assert not out.exists()

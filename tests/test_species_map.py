@@ -310,7 +310,7 @@ def test_a_failure_leaves_neither_file_new_and_promises_nothing(
     for place in ("geofm.raster.cog.check_complete", "geofm.embeddings.rasters.check_complete"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
-            with pytest.raises(geofm.RasterError, match="No space left") as caught:
+            with pytest.raises(geofm.RasterError, match="the disk is full") as caught:
                 species_map(model, months((4, 4)), None, FLORA, output=output)
         for path in both:
             assert str(path) in str(caught.value)
@@ -509,7 +509,7 @@ def test_worldcereal_months_are_mapped(model: Any, tmp_path: Path) -> None:
         (lambda a: a[:11], {}, geofm.PixelError, "12 months, got 11"),
         (lambda a: a.assign_coords(month=range(12)), {}, geofm.PixelError, "numbers 1 to 12"),
         (lambda a: a.drop_vars("band"), {}, geofm.BandError, "have no names"),
-        (lambda a: a.drop_sel(band="B8A"), {}, geofm.BandError, "B8A"),
+        (lambda a: a.drop_sel(band="B8A"), {}, geofm.BandError, r"B8A.*xr\.concat"),
         (lambda a: a.drop_attrs(), {}, geofm.RasterError, "crs='EPSG:32632'"),
         (lambda a: a.drop_vars("x"), {}, geofm.RasterError, "no coordinate 'x'"),
         (lambda a: a, {"crs": "nowhere"}, geofm.RasterError, "'nowhere' is no coordinate"),

@@ -22,7 +22,7 @@ from geofm.arrays.grid import Cells
 from geofm.errors import ModelError, RasterError
 from geofm.preprocess import Preprocess
 from geofm.raster.codecs import narrowed
-from geofm.raster.networks import Network, features_of, weights_hash
+from geofm.raster.networks import Network, features_of, moved, weights_hash
 from geofm.raster.strips import has_data
 
 __all__ = ["Encoder", "cut", "embed_chunk"]
@@ -142,14 +142,11 @@ class Encoder:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         key = (self.token, name)
         if key not in _ready:
-            device = torch.device(name)
-            network = self.network
-            if device.type != "cpu":
-                try:
-                    moved = copy.deepcopy(self.model).to(device)
-                except (AssertionError, RuntimeError) as error:
-                    raise RasterError(f"the model cannot run on {name}: {error}") from error
-                network = features_of(moved, self.stride, pooled=False)
+            network, device = self.network, torch.device("cpu")
+            if name != "cpu":
+                model = copy.deepcopy(self.model)
+                device = moved(model, name)
+                network = features_of(model, self.stride, pooled=False)
             _ready[key] = (network, device)
             while len(_ready) > _KEPT:
                 _ready.popitem(last=False)

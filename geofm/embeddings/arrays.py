@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from geofm.embeddings.grids import Grid, Reader, WindowedEmbeddings
 from geofm.errors import MissingExtraError, RasterError
+from geofm.raster.cog import NotWrittenError
 
 __all__ = ["read_zarr", "write_zarr"]
 
@@ -61,7 +62,7 @@ def write_zarr(path: Path, embeddings: WindowedEmbeddings, grid: Grid, dtype: st
         Path(folder).chmod(0o755)
         Path(folder).rename(path)
     except OSError as error:
-        raise RasterError(f"cannot write {path}: {error.strerror or error}") from error
+        raise NotWrittenError(path, error, ". Nothing of it is kept") from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -98,7 +99,14 @@ def read_zarr(path: Path) -> WindowedEmbeddings:
     @contextlib.contextmanager
     def opened() -> Iterator[Reader]:
         def read(top: int, left: int, high: int, wide: int) -> NDArray[np.float32]:
-            part = np.asarray(array[:, top : top + high, left : left + wide])
+            try:
+                part = np.asarray(array[:, top : top + high, left : left + wide])
+            # What its codecs raise.
+            except (OSError, RuntimeError, ValueError) as error:
+                raise RasterError(
+                    f"{path}: the array embedding is damaged at row {top}, column {left}: {error}. "
+                    f"Export it again from the GeoTIFF that it was made from"
+                ) from error
             return part.astype(np.float32, copy=False)
 
         yield read

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from geofm.embeddings.colours import NO_DATA, colour_of
+from geofm.colours import NO_DATA, colour_of
 from geofm.embeddings.files import EmbeddingsLike, read_embeddings, refuse_overwriting
 from geofm.embeddings.grids import Embeddings, Floats, Grid, single_band
 from geofm.embeddings.kmeans import KMeans, fit_kmeans

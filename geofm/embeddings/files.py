@@ -20,6 +20,7 @@ from geofm.errors import DataNotFoundError, RasterError
 from geofm.raster.cog import CACHE_BYTES
 from geofm.raster.grids import Embedding, decoded
 from geofm.raster.sources import rasterio_module
+from geofm.scenes.files import unreadable
 
 __all__ = [
     "EmbeddingsLike",
@@ -81,10 +82,12 @@ def export_embeddings(
     """Write embeddings as a GeoParquet table or as zarr arrays, in bounded memory.
 
     The table has one row a cell with data: ``id`` (row · columns + column), ``row``, ``column``,
-    ``date``, ``scene``, ``weights`` (name of the card), ``weights_hash``, ``preprocessing`` (a
+    ``date``, ``scene``, ``weights`` (name of the card), ``weights_hash`` (of the model as it
+    computed), ``card_hash`` (sha256 of the card, as ``geofm info`` shows it), ``preprocessing`` (a
     hash; the full text is in the metadata), ``embedding`` (a list of fixed length) and
     ``geometry``, in the raster's own reference system, where cells are squares. What the raster
-    does not say is null.
+    does not say, as of weights without a card, is null. A zarr folder has the raster's tags as
+    attributes, ``GEOFM_CARD_SHA256`` among them.
 
     Args:
         raster: As in `read_embeddings`.
@@ -182,7 +185,7 @@ def _read_raster(path: Path) -> WindowedEmbeddings:
             )
             tile = file.block_shapes[0]
     except rasterio.errors.RasterioError as error:
-        raise RasterError(f"{path} cannot be read: {error}") from error
+        raise unreadable(str(path), error) from error
     if grid.shape[0] < 2:
         raise RasterError(f"{path} has one band; embeddings have one for each component")
 
@@ -195,7 +198,8 @@ def _read_raster(path: Path) -> WindowedEmbeddings:
                 try:
                     stored = file.read(window=window, masked=True)
                 except rasterio.errors.RasterioError as error:
-                    raise RasterError(f"{path} cannot be read at {top}, {left}: {error}") from error
+                    where = f" at row {top}, column {left}"
+                    raise unreadable(str(path), error, where) from error
                 # The mask tells no data, whatever the file says it with.
                 return decoded(stored, None, file.scales, file.offsets)
 

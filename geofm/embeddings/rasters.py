@@ -12,8 +12,14 @@ from typing import Any
 from numpy.typing import NDArray
 
 from geofm.embeddings.grids import Grid
-from geofm.errors import RasterError
-from geofm.raster.cog import CACHE_BYTES, check_complete, written
+from geofm.raster.cog import (
+    CACHE_BYTES,
+    WITH_OVERVIEWS,
+    check_complete,
+    gdal_errors,
+    reported,
+    written,
+)
 from geofm.raster.sources import rasterio_module
 
 __all__ = ["write_band"]
@@ -68,36 +74,37 @@ def write_band(
         "nodata": nodata,
         "BIGTIFF": "IF_SAFER",
     }
-    try:
-        with (
-            rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES),
-            written(path) as temporary,
-            tempfile.TemporaryDirectory(dir=temporary.parent, prefix=".geofm-") as folder,
-        ):
-            plain = Path(folder) / "plain.tif"
-            with rasterio.open(plain, "w", **options) as file:
-                # rasterio copies what it is given.
-                step = max(1, _COPIED_BYTES // max(values[:1].nbytes, 1))
-                for top in range(0, len(values), step):
-                    rows = values[top : top + step]
-                    part = rasterio.windows.Window(0, top, rows.shape[1], len(rows))
-                    file.write(rows, 1, window=part)
-                file.set_band_description(1, name)
-                file.update_tags(**all_tags)
-                if colours is not None:
-                    file.write_colormap(1, dict(enumerate(colours)))
-            if plain.stat().st_size < values.nbytes:
-                raise OSError(f"{plain.name} ends early; see that the disk has room")
-            # Means of class numbers are no classes.
-            resampling = "AVERAGE" if values.dtype.kind == "f" else "MODE"
-            rasterio.shutil.copy(
-                plain,
-                temporary,
-                driver="COG",
-                COMPRESS="DEFLATE",
-                PREDICTOR="NO" if colours is not None else "YES",
-                OVERVIEW_RESAMPLING=resampling,
-            )
-            check_complete(temporary, *values.shape)
-    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError, OSError) as error:
-        raise RasterError(f"cannot write {path}: {error}") from error
+    errors, note = gdal_errors(), ". Nothing of it is kept"
+    with (
+        reported(path, *errors, note=note),
+        rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES),
+        written(path) as temporary,
+        tempfile.TemporaryDirectory(dir=temporary.parent, prefix=".geofm-") as folder,
+        # Again, before what fills the disk is gone.
+        reported(path, *errors, note=note, size=WITH_OVERVIEWS * values.nbytes),
+    ):
+        plain = Path(folder) / "plain.tif"
+        with rasterio.open(plain, "w", **options) as file:
+            # rasterio copies what it is given.
+            step = max(1, _COPIED_BYTES // max(values[:1].nbytes, 1))
+            for top in range(0, len(values), step):
+                rows = values[top : top + step]
+                part = rasterio.windows.Window(0, top, rows.shape[1], len(rows))
+                file.write(rows, 1, window=part)
+            file.set_band_description(1, name)
+            file.update_tags(**all_tags)
+            if colours is not None:
+                file.write_colormap(1, dict(enumerate(colours)))
+        if plain.stat().st_size < values.nbytes:
+            raise OSError(f"{plain.name} ends early; see that the disk has room")
+        # Means of class numbers are no classes.
+        resampling = "AVERAGE" if values.dtype.kind == "f" else "MODE"
+        rasterio.shutil.copy(
+            plain,
+            temporary,
+            driver="COG",
+            COMPRESS="DEFLATE",
+            PREDICTOR="NO" if colours is not None else "YES",
+            OVERVIEW_RESAMPLING=resampling,
+        )
+        check_complete(temporary, *values.shape)

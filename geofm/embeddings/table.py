@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from geofm.embeddings.geoparquet import geo_metadata, points, polygons, pyarrow_modules
 from geofm.embeddings.grids import Cells, Embeddings, Floats, Grid
 from geofm.errors import RasterError
-from geofm.raster.cog import written
+from geofm.raster.cog import reported, written
 from geofm.raster.sources import rasterio_module
 
 __all__ = ["TableEmbeddings", "read_table", "write_table"]
@@ -38,27 +39,25 @@ def write_table(path: Path, embeddings: Embeddings, grid: Grid, geometry: str, d
     """
     pa, pq = pyarrow_modules()
     schema = _schema(pa, grid, geometry, dtype)
-    words = ["scene", "weights", "weights_hash", "preprocessing", "date"]
-    try:
-        with (
-            written(path) as temporary,
-            pq.ParquetWriter(
-                temporary,
-                schema,
-                compression="zstd",
-                use_dictionary=words,
-                use_byte_stream_split=["embedding.list.element"],
-            ) as writer,
-        ):
-            size = max(1, _GROUP_BYTES // (4 * grid.shape[0]))
-            for cells in embeddings.blocks():
-                for begin in range(0, len(cells.ids), size):
-                    part = Cells(
-                        cells.ids[begin : begin + size], cells.vectors[begin : begin + size]
-                    )
-                    writer.write_table(_rows(pa, schema, part, grid, geometry, dtype))
-    except (pa.ArrowException, OSError) as error:
-        raise RasterError(f"cannot write {path}: {error}") from error
+    words = ["scene", "weights", "weights_hash", "card_hash", "preprocessing", "date"]
+    note = ". Nothing of it is kept"
+    with (
+        reported(path, pa.ArrowException, note=note),
+        written(path) as temporary,
+        reported(path, pa.ArrowException, note=note),
+        pq.ParquetWriter(
+            temporary,
+            schema,
+            compression="zstd",
+            use_dictionary=words,
+            use_byte_stream_split=["embedding.list.element"],
+        ) as writer,
+    ):
+        size = max(1, _GROUP_BYTES // (4 * grid.shape[0]))
+        for cells in embeddings.blocks():
+            for begin in range(0, len(cells.ids), size):
+                part = Cells(cells.ids[begin : begin + size], cells.vectors[begin : begin + size])
+                writer.write_table(_rows(pa, schema, part, grid, geometry, dtype))
 
 
 def read_table(path: Path) -> TableEmbeddings:
@@ -114,17 +113,15 @@ class TableEmbeddings(Embeddings):
 
     def blocks(self) -> Iterator[Cells]:
         """As `Embeddings.blocks`."""
-        _, pq = pyarrow_modules()
         size = max(1, _GROUP_BYTES // (4 * self.grid.shape[0]))
-        with pq.ParquetFile(self.path) as file:
+        with self._opened() as file:
             for batch in file.iter_batches(size, columns=["id", "embedding"]):
                 yield self._cells(batch)
 
     def vector(self, row: int, column: int) -> Floats:
         """As `Embeddings.vector`."""
-        _, pq = pyarrow_modules()
         wanted = row * self.grid.shape[2] + column
-        with pq.ParquetFile(self.path) as file:
+        with self._opened() as file:
             for group in range(file.num_row_groups):
                 ids = file.read_row_group(group, columns=["id"])["id"].to_numpy()
                 if wanted in ids:
@@ -132,6 +129,19 @@ class TableEmbeddings(Embeddings):
                     found: Floats = cells.vectors[cells.ids == wanted][0]
                     return found
         return np.full(self.grid.shape[0], np.nan, dtype=np.float32)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Any]:
+        pa, pq = pyarrow_modules()
+        try:
+            with pq.ParquetFile(self.path) as file:
+                yield file
+        except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split()).rstrip(" .")
+            raise RasterError(
+                f"{self.path} is damaged: {reason}. Export it again from the GeoTIFF that it was "
+                f"made from"
+            ) from error
 
     def _cells(self, rows: Any) -> Cells:
         channels, high, wide = self.grid.shape
@@ -157,6 +167,7 @@ def _schema(pa: Any, grid: Grid, geometry: str, dtype: str) -> Any:
         pa.field("scene", pa.string()),
         pa.field("weights", pa.string()),
         pa.field("weights_hash", pa.string()),
+        pa.field("card_hash", pa.string()),
         pa.field("preprocessing", pa.string()),
         pa.field("embedding", pa.list_(pa.field("element", values), grid.shape[0])),
         pa.field("geometry", pa.binary(), nullable=False),
@@ -205,6 +216,7 @@ def _rows(pa: Any, schema: Any, cells: Cells, grid: Grid, geometry: str, dtype: 
         "scene": constant("scene", tags.get("GEOFM_SOURCE")),
         "weights": constant("weights", tags.get("GEOFM_WEIGHTS")),
         "weights_hash": constant("weights_hash", tags.get("GEOFM_WEIGHTS_HASH")),
+        "card_hash": constant("card_hash", tags.get("GEOFM_CARD_SHA256")),
         "preprocessing": constant("preprocessing", grid.preprocessing),
         "embedding": pa.FixedSizeListArray.from_arrays(
             pa.array(vectors.reshape(-1)), type=schema.field("embedding").type

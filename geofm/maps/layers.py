@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geofm.embeddings.colours import OTHER, colour_of
+from geofm.colours import OTHER, colour_of
 from geofm.embeddings.files import EmbeddingsLike, read_embeddings
 from geofm.embeddings.grids import Embeddings, Grid
 from geofm.errors import MissingExtraError, RasterError
@@ -21,6 +21,7 @@ __all__ = [
     "SIDE",
     "Entry",
     "Layer",
+    "NoDataError",
     "Ramp",
     "class_counts",
     "class_layer",
@@ -39,6 +40,10 @@ SIDE = 1024
 
 # Rows whose classes are counted together: that sorts a copy of them.
 _ROWS = 512
+
+
+class NoDataError(RasterError):
+    """There is nothing to show: no cell has data."""
 
 
 @dataclass(frozen=True)
@@ -136,13 +141,15 @@ class Layer:
             )
         _, rows, columns = other.shape
         out = np.zeros((rows, columns, 4), dtype=np.uint8)
+        overlaps = False
         height, width = self.pixels.shape[:2]
         for row in range(rows):
             x, y = other.xy(np.full(columns, row), np.arange(columns))
             right, down = (np.floor(v).astype(int) for v in self.grid.fractional(x, y))
             inside = (right >= 0) & (right < width) & (down >= 0) & (down < height)
+            overlaps |= bool(inside.any())
             out[row, inside] = self.pixels[down[inside], right[inside]]
-        if not out[..., 3].any():
+        if not overlaps:
             raise RasterError("the image and the map do not overlap")
         return replace(self, pixels=out, grid=replace(other, tags=self.grid.tags), whole=None)
 
@@ -216,7 +223,7 @@ def ramp_layer(
     values = values[::step, ::step]
     valid = np.isfinite(values)
     if not valid.any():
-        raise RasterError(f"{title}: no cell has data")
+        raise NoDataError(f"{title}: no cell has data")
     low, high = limits or (float(v) for v in np.percentile(values[valid], (2, 98)))
     table = _viridis()
     unit = (np.where(valid, values, low) - low) / max(high - low, 1e-12)
@@ -261,7 +268,7 @@ def class_layer(
     small, step = thinned(grid, side)
     sizes = class_counts(values, nodata) if counts is None else counts
     if not sizes:
-        raise RasterError(f"{title}: no cell has data")
+        raise NoDataError(f"{title}: no cell has data")
     # Frequent first; of equals, the smaller number.
     order = sorted(sizes, key=lambda number: (-sizes[number], number))
     total = sum(sizes.values())
@@ -358,7 +365,7 @@ def _principal(
         total += wide.sum(axis=0)
         products += wide.T @ wide
     if first is None:
-        raise RasterError(f"{embeddings.name}: no cell has data")
+        raise NoDataError(f"{embeddings.name}: no cell has data")
     shift = total / count
     covariance = products / count - np.outer(shift, shift)
     values, vectors = np.linalg.eigh(covariance)

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geofm.embeddings.files import refuse_overwriting
-from geofm.errors import MissingExtraError, RasterError
+from geofm.errors import MissingExtraError
 from geofm.maps.layers import Layer
 from geofm.maps.place import extent_text, origin_text, scale_bar
-from geofm.raster.cog import written
+from geofm.raster.cog import reported, written
 
 __all__ = ["write_page"]
 
@@ -125,11 +125,8 @@ def write_page(
     layer = layer.onto(base.grid)
     base = replace(base, mark=layer.mark)
     text = page(layer, base, layer.title if title is None else title, attribution)
-    try:
-        with written(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise RasterError(f"cannot write {path}: {error.strerror or error}") from error
+    with reported(path), written(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def page(layer: Layer, base: Layer, title: str, attribution: str) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from geofm.embeddings.grids import Grid, unwrapped
 from geofm.errors import RasterError
 
-__all__ = ["extent_text", "origin_text", "scale_bar"]
+__all__ = ["extent_text", "origin_text", "scale_bar", "untrained"]
 
 # Metres, of a sphere.
 _RADIUS = 6_371_005.0
@@ -80,18 +80,27 @@ def origin_text(grid: Grid) -> str:
     tags = grid.tags
     parts = [
         tags.get("GEOFM_VALUES", ""),
-        _weights(tags.get("GEOFM_WEIGHTS")),
+        _weights(grid),
         f"image {tags['GEOFM_SOURCE']}" if "GEOFM_SOURCE" in tags else "",
         tags.get("GEOFM_DATE", ""),
     ]
     return "; ".join(part for part in parts if part)
 
 
-def _weights(label: str | None) -> str:
-    if label is None:
-        return ""
-    # Nobody should take such a map for a result.
-    return "UNTRAINED WEIGHTS" if label.startswith("untrained") else f"weights {label}"
+def untrained(grid: Grid) -> bool:
+    """Whether the tags say that untrained weights made it: nobody should take it for a result.
+
+    Args:
+        grid: With its tags.
+    """
+    return grid.tags.get("GEOFM_WEIGHTS", "").startswith("untrained")
+
+
+def _weights(grid: Grid) -> str:
+    if untrained(grid):
+        return "UNTRAINED WEIGHTS"
+    label = grid.tags.get("GEOFM_WEIGHTS")
+    return "" if label is None else f"weights {label}"
 
 
 def _metres(grid: Grid) -> float | None:

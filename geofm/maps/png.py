@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from geofm.embeddings.files import refuse_overwriting
-from geofm.errors import MissingExtraError, RasterError
+from geofm.errors import MissingExtraError
 from geofm.maps.layers import Layer
-from geofm.maps.place import extent_text, origin_text, scale_bar
-from geofm.raster.cog import written
+from geofm.maps.place import extent_text, origin_text, scale_bar, untrained
+from geofm.raster.cog import reported, written
 
 __all__ = ["write_png"]
 
@@ -77,7 +77,11 @@ def write_png(
         axes = box(left, _MARGIN + _TITLE, drawn, high)
         _draw_panel(axes, panel)
         name = title if title is not None and panel is panels[-1] else panel.title
-        _text(figure, left, _MARGIN + 0.08, _short(name, 58), (width, height), size=11)
+        colour = "black"
+        if untrained(panel.grid):
+            name, colour = f"UNTRAINED WEIGHTS: {name}", "red"
+        place = (left, _MARGIN + 0.08)
+        _text(figure, place, _short(name, 58), (width, height), 11, colour)
     top = _MARGIN + _TITLE + high + 0.12
     _draw_scale(box(_MARGIN, top, drawn, 0.3), panels[-1])
     top += 0.35
@@ -87,13 +91,10 @@ def write_png(
         _draw_entries(box(_MARGIN, top, width - 2 * _MARGIN, legend[1] - 0.15), layer, legend[0])
     top += legend[1]
     for number, text in enumerate(foot):
-        _text(figure, _MARGIN, top + _LINE * (number + 0.8), text, (width, height), size=8.5)
-    try:
-        with written(path) as temporary:
-            # Without the date and the version of matplotlib: the same data, the same file.
-            figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
-    except OSError as error:
-        raise RasterError(f"cannot write {path}: {error.strerror or error}") from error
+        _text(figure, (_MARGIN, top + _LINE * (number + 0.8)), text, (width, height), 8.5)
+    with reported(path), written(path) as temporary:
+        # Without the date and the version of matplotlib: the same data, the same file.
+        figure.savefig(temporary, format="png", dpi=_DPI, metadata={"Software": None})
 
 
 def _on_grey(panel: Layer) -> Any:
@@ -104,8 +105,14 @@ def _on_grey(panel: Layer) -> Any:
 
 
 def _text(
-    figure: Any, left: float, down: float, text: str, size_of: tuple[float, float], size: float
+    figure: Any,
+    place: tuple[float, float],
+    text: str,
+    size_of: tuple[float, float],
+    size: float,
+    colour: str = "black",
 ) -> None:
+    left, down = place
     width, height = size_of
     # Text is no formula: a name may hold a dollar sign.
     figure.text(
@@ -113,6 +120,7 @@ def _text(
         1 - down / height,
         text,
         fontsize=size,
+        color=colour,
         va="center",
         ha="left",
         parse_math=False,

@@ -19,6 +19,7 @@ from geofm.errors import DataNotFoundError, RasterError
 from geofm.maps.layers import (
     SIDE,
     Layer,
+    NoDataError,
     class_counts,
     class_layer,
     components_layer,
@@ -32,18 +33,23 @@ from geofm.raster.cog import CACHE_BYTES
 from geofm.raster.grids import Embedding, decoded
 from geofm.raster.sources import (
     FileSource,
+    RasterImage,
+    Said,
     SceneSource,
     Source,
     SourceLike,
     open_source,
     rasterio_module,
 )
+from geofm.scenes.files import unreadable
 from geofm.spectral import match_bands
 
-__all__ = ["open_layer", "true_colour_layer", "write_picture"]
+__all__ = ["draw_embedding", "open_layer", "true_colour_layer", "write_picture"]
 
 # Rows that are read together: whole tiles of most files, so that none is decoded twice.
 _STRIP = 512
+# Columns that are read together: not all of a very wide image.
+_WIDE = 8192
 
 
 def open_layer(source: EmbeddingsLike, *, title: str | None = None) -> Layer:
@@ -85,7 +91,7 @@ def open_layer(source: EmbeddingsLike, *, title: str | None = None) -> Layer:
                 layer = _band_layer(file, title or file.descriptions[0] or path.stem)
                 return replace(layer, files=(path,))
     except rasterio.errors.RasterioError as error:
-        raise RasterError(f"{path} cannot be read: {error}") from error
+        raise unreadable(str(path), error) from error
     return _titled(components_layer(path), title)
 
 
@@ -109,28 +115,67 @@ def true_colour_layer(
 
     Raises:
         BandError: The bands are not named.
+        DataNotFoundError: There is no such file.
         RasterError: It cannot be read.
         MissingExtraError: rasterio is not installed.
     """
-    source = open_source(image, bands)
+    named = isinstance(image, RasterImage | str | os.PathLike | Mapping)
+    # A picture needs neither the pixels' level nor grids that nest.
+    said = Said(sensor=sensor if named else None, strict=False)
+    source = open_source(image, bands, said=said)
     try:
-        if isinstance(source, SceneSource):
-            sensor = source.scene.sensor
-        found = match_bands(
-            ["red", "green", "blue"], source.bands, wanted_sensor=sensor, available_sensor=sensor
-        )
-        names = [source.bands[match.index] for match in found if match.index is not None]
-        title = "true colour"
-        if len(names) < 3:
-            names, title = [source.bands[0]], f"band {source.bands[0]}"
-        layers, whole = _every_nth(source, names, side)
-        files = _files(source)
+        return _image_layer(source, sensor, side)
     finally:
         source.close()
+
+
+def draw_embedding(
+    path: str | os.PathLike[str], source: Source, embedding: Embedding, sensor: str
+) -> None:
+    """Write what `geofm.embed_raster` shows of its result: the image beside its components.
+
+    Args:
+        path: PNG to write.
+        source: The image, which stays open.
+        embedding: Its embedding.
+        sensor: As in `true_colour_layer`.
+
+    Raises:
+        RasterError: It cannot be written, or the embedding cannot be read.
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        if embedding.path is None and embedding.shape[0] == 1:
+            whole = Grid(embedding.shape, embedding.transform, embedding.crs, embedding.tags)
+            layer = ramp_layer(embedding.values[0], whole, title="component 1")
+        else:
+            layer = open_layer(embedding)
+    except NoDataError:
+        grid, _ = thinned(
+            Grid(embedding.shape, embedding.transform, embedding.crs, embedding.tags), SIDE
+        )
+        layer = Layer("no cell has data", np.zeros((*grid.shape[1:], 4), np.uint8), grid)
+    # It is the image's own; as a file tells it, its words may be others.
+    layer = replace(layer, grid=replace(layer.grid, crs=source.crs))
+    write_png(path, layer, _image_layer(source, sensor, SIDE))
+
+
+def _image_layer(source: Source, sensor: str, side: int) -> Layer:
+    """As `true_colour_layer`, of an image that is open."""
+    if isinstance(source, SceneSource):
+        sensor = source.scene.sensor
+    found = match_bands(
+        ["red", "green", "blue"], source.bands, wanted_sensor=sensor, available_sensor=sensor
+    )
+    names = [source.bands[match.index] for match in found if match.index is not None]
+    title = "true colour"
+    if len(names) < 3:
+        names, title = [source.bands[0]], f"band {source.bands[0]}"
+    layers, whole = _every_nth(source, names, side)
     if len(layers) == 1:
         layers = np.repeat(layers, 3, axis=0)
     grid, _ = thinned(whole, side)
-    return Layer(title, stretched(layers), grid, whole=whole, files=files)
+    return Layer(title, stretched(layers), grid, whole=whole, files=_files(source))
 
 
 def write_picture(
@@ -244,14 +289,19 @@ def _colour_table(file: Any) -> dict[int, tuple[int, int, int]]:
 
 
 def _every_nth(source: Source, names: Sequence[str], side: int) -> tuple[Floats, Grid]:
-    """Every n-th pixel of some bands, strip by strip, NaN for no data; and the grid of all."""
+    """Every n-th pixel of some bands, part by part, NaN for no data; and the grid of all."""
     step = math.ceil(max(source.height, source.width) / side)
     # Of larger steps, single rows are enough.
     height, every = (1, step) if step > _STRIP else (_STRIP // step * step,) * 2
+    width = max(1, _WIDE // step) * step
     strips = []
     for top in range(0, source.height, every):
-        stored = source.read(names, top, 0, min(height, source.height - top), source.width)
-        strips.append(np.ma.filled(stored[:, ::step, ::step].astype(np.float32), np.nan))
+        high = min(height, source.height - top)
+        parts = []
+        for left in range(0, source.width, width):
+            stored = source.read(names, top, left, high, min(width, source.width - left))
+            parts.append(np.ma.filled(stored[:, ::step, ::step].astype(np.float32), np.nan))
+        strips.append(np.concatenate(parts, axis=2))
     pixels = np.concatenate(strips, axis=1)
     tags = {"GEOFM_SOURCE": source.name} | ({"GEOFM_DATE": source.date} if source.date else {})
     whole = Grid((3, source.height, source.width), source.transform, source.crs, tags)

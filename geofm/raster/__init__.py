@@ -5,13 +5,12 @@
 * `networks`: what is computed from a window;
 * `runs`: the loop that joins windows; `stores`: where finished blocks go, for resuming;
 * `codecs`, `cog`: components, fewer bits, and the cloud-optimised GeoTIFF;
-* `embed`: `embed_raster` and `predict_raster`; `picture`: quicklooks.
+* `embed`: `embed_raster` and `predict_raster`; their pictures are of `geofm.maps`.
 """
 
 from geofm.raster.embed import Tiling, embed_raster, predict_raster
 from geofm.raster.grids import Embedding, write_embedding
 from geofm.raster.networks import embedding_map, weights_label
-from geofm.raster.picture import principal_components, quicklook
 from geofm.raster.sources import RasterImage, read_image
 
 __all__ = [
@@ -21,8 +20,6 @@ __all__ = [
     "embed_raster",
     "embedding_map",
     "predict_raster",
-    "principal_components",
-    "quicklook",
     "read_image",
     "weights_label",
     "write_embedding",

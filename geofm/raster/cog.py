@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import math
 import os
+import shutil
 import sys
 import tempfile
 import xml.etree.ElementTree as ET
@@ -20,7 +23,17 @@ from numpy.typing import NDArray
 from geofm.errors import RasterError
 from geofm.raster.sources import Coefficients, rasterio_module
 
-__all__ = ["COMPRESSIONS", "Layout", "array_to_cog", "check_complete", "raw_to_cog", "written"]
+__all__ = [
+    "COMPRESSIONS",
+    "Layout",
+    "NotWrittenError",
+    "array_to_cog",
+    "check_complete",
+    "gdal_errors",
+    "raw_to_cog",
+    "reported",
+    "written",
+]
 
 COMPRESSIONS = ("deflate", "zstd", "lzw", "none")
 
@@ -33,6 +46,11 @@ _SMALLEST = 512
 _CHUNK_BYTES = 16 * 2**20
 # Left to itself, GDAL takes 5 % of the machine's memory.
 CACHE_BYTES = 128 * 2**20
+
+# GDAL does not say why a write failed; where less than this is free, that is why.
+_NO_ROOM = 2**20
+# Of the size of values: what they take with their overviews.
+WITH_OVERVIEWS = 1.4
 
 _GDAL = {"float32": "Float32", "int8": "Int8", "uint8": "Byte"}
 
@@ -53,6 +71,7 @@ class Layout:
         zero: Of each band.
         half: Store float32 values in 16 bits.
         compress: One of `COMPRESSIONS`.
+        colours: Of values, from 0 to 255, of one band of bytes.
     """
 
     shape: tuple[int, int, int]
@@ -66,6 +85,76 @@ class Layout:
     zero: Sequence[float] | None = None
     half: bool = False
     compress: str = "deflate"
+    colours: Mapping[int, tuple[int, int, int]] | None = None
+
+
+class NotWrittenError(RasterError):
+    """An output cannot be written.
+
+    Args:
+        path: The output.
+        error: What writing raised; what was written so far is still on the disk.
+        note: What else to say.
+        size: Bytes that what GDAL writes may take; GDAL deletes what it cannot complete.
+
+    Attributes:
+        reason: Why, in words.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], error: BaseException, note: str = "", size: float = 0
+    ) -> None:
+        self.reason = _reason(error, Path(path).absolute().parent, size)
+        super().__init__(f"cannot write {path}: {self.reason}{note}")
+
+
+def _reason(error: BaseException, folder: Path, size: float) -> str:
+    # GDAL's errors have numbers of their own.
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; make room"
+    # rasterio's own words are "see previous exception".
+    said = getattr(error, "strerror", None) or str(error.__cause__ or error)
+    if number is None and folder.is_dir():
+        free, needed = shutil.disk_usage(folder).free, max(size, _NO_ROOM)
+        if free < needed:
+            return (
+                f"the disk is full; make room: {free / 1e6:.1f} MB are free, and up to "
+                f"{needed / 1e6:.1f} MB may be needed ({said})"
+            )
+    return said
+
+
+@contextlib.contextmanager
+def reported(
+    path: str | os.PathLike[str], *others: type[BaseException], note: str = "", size: float = 0
+) -> Iterator[None]:
+    """Tell what goes wrong while an output is written, while what was written is still there.
+
+    Args:
+        path: The output.
+        *others: What else than `OSError` writing may raise.
+        note: As in `NotWrittenError`.
+        size: As in `NotWrittenError`.
+
+    Raises:
+        NotWrittenError: It cannot be written.
+    """
+    kinds: tuple[type[BaseException], ...] = (OSError, *others)
+    try:
+        yield
+    except kinds as error:
+        raise NotWrittenError(path, error, note, size) from error
+
+
+def gdal_errors() -> tuple[type[BaseException], ...]:
+    """What rasterio raises.
+
+    Raises:
+        MissingExtraError: rasterio is not installed.
+    """
+    rasterio = rasterio_module()
+    return rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError
 
 
 @contextlib.contextmanager
@@ -101,7 +190,7 @@ def written(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def raw_to_cog(cells: Path, output: Path, layout: Layout) -> None:
+def raw_to_cog(cells: Path, output: Path, layout: Layout, note: str = "") -> None:
     """Turn plain rows into a cloud-optimised GeoTIFF.
 
     The work is done in the folder of `cells`, which stay; the output appears at once and complete.
@@ -110,15 +199,20 @@ def raw_to_cog(cells: Path, output: Path, layout: Layout) -> None:
         cells: (rows, bands, columns) in native byte order.
         output: The file to be; an existing one is replaced.
         layout: What it is like.
+        note: As in `NotWrittenError`.
 
     Raises:
-        RasterError: It cannot be written.
+        NotWrittenError: It cannot be written.
     """
     rasterio = rasterio_module()
     temporary = cells.with_name("cells.tif")
     made = [temporary]
+    size = math.prod(layout.shape) * np.dtype(layout.dtype).itemsize * WITH_OVERVIEWS
     try:
-        with rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_VRT_ENABLE_RAWRASTERBAND="YES"):
+        with (
+            reported(output, *gdal_errors(), note=note, size=size),
+            rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES, GDAL_VRT_ENABLE_RAWRASTERBAND="YES"),
+        ):
             overviews = _write_overviews(rasterio, cells, layout, made)
             description = cells.with_name("cells.vrt")
             description.write_bytes(_vrt(layout, cells.name))
@@ -126,9 +220,7 @@ def raw_to_cog(cells: Path, output: Path, layout: Layout) -> None:
                 description, temporary, driver="COG", **_options(layout, overviews)
             )
             check_complete(temporary, *layout.shape[1:])
-        temporary.replace(output)
-    except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError, OSError) as error:
-        raise RasterError(f"cannot write {output}: {error}") from error
+            temporary.replace(output)
     finally:
         for path in made:
             path.unlink(missing_ok=True)
@@ -150,13 +242,18 @@ def array_to_cog(
     target = Path(output)
     if not target.parent.is_dir():
         raise RasterError(f"cannot write {target}: there is no folder {target.parent}")
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".geofm-") as folder:
-            cells = Path(folder) / "cells.raw"
-            values.transpose(1, 0, 2).astype(layout.dtype).tofile(cells)
-            raw_to_cog(cells, target, layout)
-    except OSError as error:
-        raise RasterError(f"cannot write {target}: {error.strerror or error}") from error
+    note = ". Nothing of it is kept"
+    with (
+        reported(target, note=note),
+        tempfile.TemporaryDirectory(dir=target.parent, prefix=".geofm-") as folder,
+        # Again, before the folder is gone.
+        reported(target, note=note),
+    ):
+        cells = Path(folder) / "cells.raw"
+        with cells.open("wb") as file:
+            # Not tofile(), whose errors do not say why.
+            file.write(np.ascontiguousarray(values.transpose(1, 0, 2), dtype=layout.dtype).data)
+        raw_to_cog(cells, target, layout, note)
 
 
 def _block(layout: Layout) -> int:
@@ -173,7 +270,8 @@ def _options(layout: Layout, overviews: int) -> dict[str, Any]:
         "BIGTIFF": "IF_SAFER",
         "NUM_THREADS": torch.get_num_threads(),
     }
-    if layout.compress != "none":
+    # Neighbouring class numbers are not alike.
+    if layout.compress != "none" and layout.colours is None:
         options["PREDICTOR"] = "YES"
     if layout.compress in ("deflate", "zstd") and layout.dtype == "float32":
         # The low bits of features are noise: more effort gains a percent or two.
@@ -231,7 +329,7 @@ def _halved(cells: Path, smaller: Path, layout: Layout) -> Layout:
             if part.shape[0] % 2 or columns % 2:
                 odd = ((0, part.shape[0] % 2), (0, 0), (0, columns % 2))
                 part = np.pad(part, odd, constant_values=dtype.type(layout.nodata))
-            _mean_of_four(part, layout).tofile(target)
+            target.write(_mean_of_four(part, layout).data)
     a, b, c, d, e, f = layout.transform
     return dataclasses.replace(
         layout,
@@ -310,7 +408,14 @@ def _vrt(layout: Layout, cells: str) -> bytes:
         }
         if layout.scale is not None and layout.zero is not None:
             parts |= {"Offset": repr(layout.zero[band]), "Scale": repr(layout.scale[band])}
+        if layout.colours is not None:
+            parts["ColorInterp"] = "Palette"
         for key, value in parts.items():
             ET.SubElement(node, key).text = str(value)
+        if layout.colours is not None:
+            table = ET.SubElement(node, "ColorTable")
+            for number in range(256):
+                red, green, blue = layout.colours.get(number, (0, 0, 0))
+                ET.SubElement(table, "Entry", c1=str(red), c2=str(green), c3=str(blue), c4="255")
         ET.SubElement(node, "SourceFilename", relativeToVRT="1").text = cells
     return ET.tostring(root)

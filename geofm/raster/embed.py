@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import logging
 import math
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from geofm.errors import ModelError, PixelError, RasterError
+from geofm.colours import NO_DATA, colour_of
+from geofm.errors import GeofmError, ModelError, PixelError, RasterError
 from geofm.factory import create_transform, input_spec_of
-from geofm.preprocess import Preprocess
+from geofm.preprocess import Preprocess, offset_of_baseline
 from geofm.raster.codecs import DTYPES, Codec, fit_projection, fit_quantisation
 from geofm.raster.cog import CACHE_BYTES, COMPRESSIONS, Layout, raw_to_cog
 from geofm.raster.grids import Embedding, grid_transform
@@ -31,9 +34,15 @@ from geofm.raster.networks import (
     weights_hash,
     weights_tags,
 )
-from geofm.raster.picture import save_quicklook
 from geofm.raster.runs import Job, run, sample
-from geofm.raster.sources import SceneSource, Source, SourceLike, open_source, rasterio_module
+from geofm.raster.sources import (
+    Said,
+    SceneSource,
+    Source,
+    SourceLike,
+    open_source,
+    rasterio_module,
+)
 from geofm.raster.stores import MemoryStore, PartialStore
 from geofm.raster.windows import BLENDS, Axis, maps, panels, vectors
 
@@ -43,13 +52,15 @@ logger = logging.getLogger(__name__)
 
 # What one window may take; MP-MAE atto needs 2 KB a pixel.
 _MAX_WINDOW_BYTES = 10e9
-# What a batch of windows is chosen to take. On a CPU each of torch's threads has one of its own, and
-# all of them together take no more than so much for each.
+# What a batch of windows is chosen to take. On a CPU each of torch's threads has one of its own,
+# and all of them together take no more than so much for each.
 _BATCH_BYTES = {"cpu": 64e6}
 _BATCH_BYTES_ELSEWHERE = 2e9
-_WORKER_BYTES = 128e6
+_WORKER_BYTES = 256e6
+# Batches of pixels and of cells that wait for each other, for each one that is computed.
+_WAITING_BATCHES = 4
 # What a panel's strip of prepared pixels, and its unfinished cells, may take each.
-_PANEL_BYTES = 64e6
+_PANEL_BYTES = 48e6
 # What a result without a file may take.
 _MAX_RESULT_BYTES = 10e9
 
@@ -87,16 +98,25 @@ class Tiling:
         window, overlap = self.window, self.overlap
         if isinstance(window, str) and window not in ("tile", "image"):
             raise RasterError(f"window is pixels, 'tile' or 'image', got {window!r}")
-        if isinstance(window, int) and window < 1:
-            raise RasterError(f"window must be 1 px or more, got {window}")
-        if overlap is not None and overlap < 0:
-            raise RasterError(f"overlap must be 0 px or more, got {overlap}")
+        _check_whole("window", None if isinstance(window, str) else window, 1)
+        _check_whole("overlap", overlap, 0)
         if self.blend not in BLENDS:
             raise RasterError(f"blend is {' or '.join(BLENDS)}, got {self.blend!r}")
         if not 0 <= self.min_valid <= 1:
             raise RasterError(f"min_valid is a share from 0 to 1, got {self.min_valid}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise RasterError(f"batch_size must be 1 or more, got {self.batch_size}")
+        _check_whole("batch_size", self.batch_size, 1)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    """Refuse what is neither None nor a whole number of at least so many."""
+    if value is None:
+        return
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise RasterError(f"{name} must be a whole number, {least} or more, got {value!r}")
 
 
 def embed_raster(
@@ -124,6 +144,9 @@ def embed_raster(
     resume: bool = True,
     resampling: str = "bilinear",
     mask_classes: Sequence[int] = (),
+    align: str | None = None,
+    date: str | datetime.date | None = None,
+    strict: bool = True,
     **options: Any,
 ) -> Embedding:
     """Embed every cell of a raster of any size, in bounded memory.
@@ -141,10 +164,13 @@ def embed_raster(
             complete, ``<output>.partial`` holds what is finished.
         bands: Names of a file's bands, in order, None to take them from its descriptions; of a
             scene, those to use.
-        units: As in `create_transform`; None for ``"dn"``. A scene knows its own.
-        level: As in `create_transform`. A scene knows its own.
-        picture: PNG to write: true colour beside the first three principal components.
-        nodata: Stored values that mean "no data", besides the file's own; None for the card's.
+        units: As in `create_transform`; None for what the source says (`open_scene` tells how), or
+            for a file or image that does not, ``"dn"``.
+        level: As in `create_transform`; None for what the source says.
+        picture: PNG to write once the raster is complete: true colour beside the first three
+            principal components, with scale and extent, as `geofm.maps.write_png` draws them.
+        nodata: Stored values that mean "no data", besides the file's own; None for the card's, or
+            for a product as in `open_scene`.
         stride: Pixels per cell, one of the encoder's; None for its last: one cell a patch.
         pooled: One vector a window instead, pooled and normalized as the model does it; cells are
             then as wide as the step from window to window.
@@ -163,14 +189,23 @@ def embed_raster(
         resume: Continue what an interrupted run of the same left; False: start over.
         resampling: Of a scene's coarser bands: ``"nearest"``, ``"bilinear"`` or ``"cubic"``.
         mask_classes: Classes of a scene's classification that count as no data.
-        **options: More options of `create_transform`, but for its size rule.
+        align: As in `open_scene`, for a product whose bands' grids do not nest.
+        date: Day of sensing, for the tags; None for what the source says.
+        strict: Whether it is an error that `units`, `level`, ``offset``, ``baseline`` or `date`
+            contradict what the source says; else they are right. As in `open_scene`.
+        **options: More options of `create_transform`, but for its size rule. An ``offset`` or
+            ``baseline`` is needed only where the source does not say it: a product is then asked
+            for it, and of a file or image it is 0. A `Scene` takes none of these: it was told by
+            `open_scene`.
 
     Returns:
         The grid; its values are read from the output when first asked for.
 
     Raises:
         BandError: The file does not name its bands and none were given, or the model needs others.
-        PixelError: The pixels are not in the stated units.
+        DataNotFoundError: There is no such file or folder.
+        PixelError: The pixels are not in the stated units, or something that is said contradicts
+            what the source says.
         RasterError: The source cannot be read, the output cannot be written, or it is the beginning
             of another run.
         ModelError: The model has no such map, or its bands are not known.
@@ -190,7 +225,17 @@ def embed_raster(
         tiling,
         network,
         _Stored(dtype, pca, compress, "pc" if pca else "embedding"),
-        _Pixels(units, level, nodata, resampling, tuple(mask_classes), options),
+        _pixels(
+            options,
+            resampling,
+            mask_classes,
+            units=units,
+            level=level,
+            nodata=nodata,
+            align=align,
+            date=date,
+            strict=strict,
+        ),
         picture=picture,
         device=device,
         progress=progress,
@@ -221,6 +266,9 @@ def predict_raster(
     resume: bool = True,
     resampling: str = "bilinear",
     mask_classes: Sequence[int] = (),
+    align: str | None = None,
+    date: str | datetime.date | None = None,
+    strict: bool = True,
     **options: Any,
 ) -> Embedding:
     """Classify a raster of any size, in bounded memory: as `embed_raster`, with a trained head.
@@ -236,8 +284,9 @@ def predict_raster(
         nodata: As in `embed_raster`.
         kind: ``"probabilities"`` (softmax over the classes, one band a class), ``"logits"`` (scores
             before the softmax), or ``"classes"`` (number of the most probable class, 255 for no
-            data). Windows are blended before the class is chosen.
-        classes: Names of the classes, in the head's order, for the bands or the tags.
+            data, with a colour for each). Windows are blended before the class is chosen.
+        classes: Names of the classes, in the head's order, for the bands, or for the tag
+            ``GEOFM_CLASSES``, from which `geofm.maps.open_layer` makes the legend.
         window: As in `Tiling`.
         overlap: As in `Tiling`.
         blend: As in `Tiling`.
@@ -250,6 +299,9 @@ def predict_raster(
         resume: As in `embed_raster`.
         resampling: As in `embed_raster`.
         mask_classes: As in `embed_raster`.
+        align: As in `embed_raster`.
+        date: As in `embed_raster`.
+        strict: As in `embed_raster`.
         **options: As in `embed_raster`.
 
     Returns:
@@ -257,6 +309,7 @@ def predict_raster(
 
     Raises:
         BandError: As in `embed_raster`.
+        DataNotFoundError: As in `embed_raster`.
         PixelError: As in `embed_raster`.
         RasterError: As in `embed_raster`.
         ModelError: The model has no head, or `classes` do not fit it.
@@ -281,7 +334,17 @@ def predict_raster(
         tiling,
         classes_of(model, kind != "logits"),
         _Stored("uint8" if kind == "classes" else dtype, None, compress, names),
-        _Pixels(units, level, nodata, resampling, tuple(mask_classes), options),
+        _pixels(
+            options,
+            resampling,
+            mask_classes,
+            units=units,
+            level=level,
+            nodata=nodata,
+            align=align,
+            date=date,
+            strict=strict,
+        ),
         picture=None,
         device=device,
         progress=progress,
@@ -304,14 +367,30 @@ class _Stored:
 
 @dataclass(frozen=True)
 class _Pixels:
-    """What is said of the pixels."""
+    """What is said of the pixels; `options` is what the source has no part in."""
 
-    units: str | None
-    level: str | None
-    nodata: float | Sequence[float] | None
+    said: Said
     resampling: str
-    mask_classes: tuple[int, ...]
+    mask_classes: Sequence[int]
     options: Mapping[str, Any]
+
+
+def _pixels(
+    options: Mapping[str, Any], resampling: str, mask_classes: Sequence[int], **said: Any
+) -> _Pixels:
+    """Sort what the caller says: of the source, and of how to prepare its pixels."""
+    rest = dict(options)
+    if "fit" in rest or "size" in rest:
+        raise RasterError("a map has the size of its image; fit= and size= are for tiles")
+    offset, baseline = rest.pop("offset", None), rest.pop("baseline", None)
+    if baseline is not None:
+        if offset is not None:
+            raise PixelError(
+                "give offset or baseline, not both: the offset follows from the baseline"
+            )
+        offset = offset_of_baseline(baseline)
+    of_source = Said(**said, offset=offset, sensor=rest.pop("sensor", None))
+    return _Pixels(of_source, resampling, mask_classes, rest)
 
 
 def _run(
@@ -334,7 +413,11 @@ def _run(
         raise RasterError(f"compress is {', '.join(COMPRESSIONS)}; got {stored.compress!r}")
     _check_targets(source, output, picture)
     opened = open_source(
-        source, bands, resampling=pixels.resampling, mask_classes=pixels.mask_classes
+        source,
+        bands,
+        resampling=pixels.resampling,
+        mask_classes=pixels.mask_classes,
+        said=pixels.said,
     )
     rasterio = rasterio_module()
     try:
@@ -347,8 +430,7 @@ def _run(
                 job, model, output, tiling, stored, place, progress=progress, resume=resume
             )
             if picture is not None:
-                sensor = pixels.options.get("sensor") or input_spec_of(model).sensor
-                save_quicklook(picture, opened, grid, sensor)
+                _draw(picture, opened, grid, _sensor(model, opened, pixels))
     finally:
         opened.close()
     return grid
@@ -356,30 +438,40 @@ def _run(
 
 def _prepare(model: nn.Module, source: Source, pixels: _Pixels) -> Preprocess:
     """The preprocessing of those of the source's bands that the model needs."""
-    options = dict(pixels.options)
-    if "fit" in options or "size" in options:
-        raise RasterError("a map has the size of its image; fit= and size= are for tiles")
-    options |= {"fit": "any", "nodata": pixels.nodata}
-    units, level = pixels.units or "dn", pixels.level
+    options = {**pixels.options, "fit": "any"}
+    facts, said = source.facts, pixels.said
     if isinstance(source, SceneSource):
-        if pixels.units or pixels.level or options.get("sensor"):
-            raise PixelError(
-                "a scene has its own units, level and sensor; say others in open_scene"
-            )
-        scene = source.scene
-        if pixels.nodata is None:
-            options["nodata"] = scene.nodata or None
-        options = {k: v for k, v in options.items() if v is not None}
         # Asks for what the scene does not know.
-        known = scene.transform_for(model, **options)
-        units, level = known.units, known.level
-        options["sensor"] = scene.sensor
-        if units == "dn" and "baseline" not in options:
-            options.setdefault("offset", known.offset)
+        known = source.scene.transform_for(model, **options)
+        units, level, offset = known.units, known.level, facts.offset
+        options |= {"sensor": source.scene.sensor, "nodata": facts.nodata or None}
+    else:
+        units, level, offset = facts.units or "dn", facts.level, facts.offset
+        options |= {"sensor": said.sensor, "nodata": said.nodata}
+    # An offset that is only known belongs to DN; one that is said is refused elsewhere.
+    options["offset"] = offset if units == "dn" else said.offset
     prepare = create_transform(model, source.bands, units, level, **options)
     used = sorted({channel for each in prepare.sources for channel in each.channels})
     # Bands that the model does not take need not be read.
     return create_transform(model, [source.bands[c] for c in used], units, level, **options)
+
+
+def _draw(picture: str | os.PathLike[str], source: Source, grid: Embedding, sensor: str) -> None:
+    # Here, because pictures are made of rasters, which need none.
+    from geofm.maps.sources import draw_embedding
+
+    try:
+        draw_embedding(picture, source, grid, sensor)
+    except (GeofmError, OSError) as error:
+        kept = f". The raster is complete: {grid.path}" if grid.path is not None else ""
+        raise RasterError(f"there is no picture {picture}: {error}{kept}") from error
+
+
+def _sensor(model: nn.Module, source: Source, pixels: _Pixels) -> Any:
+    """Whose names the source's bands have."""
+    if isinstance(source, SceneSource):
+        return source.scene.sensor
+    return pixels.said.sensor or input_spec_of(model).sensor
 
 
 def _side(model: nn.Module, source: Source, tiling: Tiling) -> int:
@@ -427,6 +519,8 @@ def _job(
         _axis(network, length, size, min(overlap, size - unit), count)
         for length, size, count in zip((source.height, source.width), sides, cells, strict=True)
     ]
+    waiting = 4 * (len(prepare.spec.bands) * math.prod(sides) + channels * math.prod(cells))
+    waiting *= _WAITING_BATCHES
     return Job(
         source=source,
         bands=prepare.source_bands,
@@ -438,7 +532,7 @@ def _job(
         panels=panels(axes[1], _panel_width(prepare, channels, *axes)),
         # The last tile, moved back to end where the raster ends, shares cells with its neighbour.
         blend="centre" if tiling.window == "tile" else tiling.blend,
-        batch=tiling.batch_size or _batch_size(model, sides, device),
+        batch=tiling.batch_size or _batch_size(_window_bytes(model, sides) + waiting, device),
         min_valid=tiling.min_valid,
     )
 
@@ -478,9 +572,9 @@ def _check_memory(model: nn.Module, sides: Sequence[int]) -> None:
         )
 
 
-def _batch_size(model: nn.Module, sides: Sequence[int], device: torch.device) -> int:
+def _batch_size(window_bytes: float, device: torch.device) -> int:
     most = _BATCH_BYTES.get(device.type, _BATCH_BYTES_ELSEWHERE)
-    return max(1, min(256, int(most // max(_window_bytes(model, sides), 1.0))))
+    return max(1, min(256, int(most // window_bytes)))
 
 
 def _workers(model: nn.Module, job: Job) -> int:
@@ -542,8 +636,8 @@ def _computed(
             raw_to_cog(store.cells, target, _layout(shape, codec, stored, place, tags))
         except RasterError as error:
             raise RasterError(
-                f"{error}. All values are kept in {store.folder}; see that the disk has room and "
-                f"run the same again"
+                f"{error}. All values are kept in {store.folder}; run the same again to go on "
+                f"from them"
             ) from error
         complete = True
     finally:
@@ -589,7 +683,13 @@ def _layout(
         zero=None if codec.zero is None else codec.zero.tolist(),
         half=codec.dtype == "float16",
         compress=stored.compress,
+        colours=_colours(len(stored.names)) if stored.dtype == "uint8" else None,
     )
+
+
+def _colours(classes: int) -> dict[int, tuple[int, int, int]]:
+    """Of a map of classes; 255 is no data."""
+    return {number: colour_of(number) for number in range(classes)} | {255: NO_DATA}
 
 
 def _tags(job: Job, model: nn.Module, stored: _Stored) -> dict[str, str]:

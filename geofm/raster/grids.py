@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from geofm.errors import RasterError
 from geofm.raster.cog import Layout, array_to_cog
 from geofm.raster.sources import Coefficients, rasterio_module
+from geofm.scenes.files import unreadable
 
 __all__ = ["Embedding", "decoded", "grid_transform", "write_embedding"]
 
-# What `Embedding.values` reads of a file.
+# What `Embedding.values` reads of a file, and how much of that at a time.
 _MAX_BYTES = 4e9
-# What is read at a time for a picture.
 _STRIP_BYTES = 64_000_000
 
 
@@ -77,7 +77,8 @@ class Embedding:
         Read from the file, and kept, when first asked for.
 
         Raises:
-            RasterError: They do not fit into memory; read windows of the file instead.
+            RasterError: They do not fit into memory; read windows of the file instead. Or the
+                file is damaged or gone.
         """
         if self._values is None:
             size = 4 * self.shape[0] * self.shape[1] * self.shape[2]
@@ -85,65 +86,25 @@ class Embedding:
                 raise RasterError(
                     f"{self.path} has {size / 1e9:.0f} GB of values; read parts of it with rasterio"
                 )
-            self._values = self.reduced(max(self.shape[1:]))._values
-            assert self._values is not None
+            self._values = self._read()
         return self._values
 
-    def reduced(self, side: int) -> Embedding:
-        """The same grid with fewer cells, for pictures.
-
-        Args:
-            side: Cells along the longer side, at most.
-
-        Returns:
-            A grid with its values in memory.
-        """
-        values = np.concatenate([*self.strips(side)], axis=1)
-        return Embedding(values, self.thinned(side), self.crs, self.stride, self.offset, self.tags)
-
-    def thinned(self, side: int) -> Coefficients:
-        """Affine coefficients of the grid with fewer cells.
-
-        Args:
-            side: As in `reduced`.
-        """
-        (rows, columns), (height, width) = self.shape[1:], self._size(side)
-        a, b, c, d, e, f = self.transform
-        down, right = rows / height, columns / width
-        return a * right, b * down, c, d * right, e * down, f
-
-    def _size(self, side: int) -> tuple[int, int]:
+    def _read(self) -> NDArray[np.float32]:
+        rasterio = rasterio_module()
+        assert self.path is not None
+        values = np.empty(self.shape, dtype=np.float32)
         _, rows, columns = self.shape
-        factor = max(1.0, max(rows, columns) / side)
-        return max(1, round(rows / factor)), max(1, round(columns / factor))
-
-    def strips(self, side: int) -> Iterator[NDArray[np.float32]]:
-        """The values of the grid with fewer cells, some rows at a time.
-
-        Args:
-            side: As in `reduced`.
-
-        Yields:
-            (channels, some rows, columns), from top to bottom.
-        """
-        channels, rows, columns = self.shape
-        height, width = self._size(side)
-        some = max(1, _STRIP_BYTES // (4 * channels * width))
-        for top in range(0, height, some):
-            end = min(height, top + some)
-            if self._values is not None:
-                row = (np.arange(top, end) + 0.5) * rows / height
-                column = (np.arange(width) + 0.5) * columns / width
-                yield self._values[:, row.astype(int)][:, :, column.astype(int)]
-                continue
-            rasterio = rasterio_module()
-            assert self.path is not None
-            window = rasterio.windows.Window(
-                0, top * rows / height, columns, (end - top) * rows / height
-            )
+        some = max(1, _STRIP_BYTES // values[:, :1].nbytes)
+        try:
             with rasterio.open(self.path) as file:
-                stored = file.read(window=window, out_shape=(file.count, end - top, width))
-                yield decoded(stored, file.nodata, file.scales, file.offsets)
+                for top in range(0, rows, some):
+                    part = values[:, top : top + some]
+                    window = rasterio.windows.Window(0, top, columns, part.shape[1])
+                    stored = file.read(window=window)
+                    part[:] = decoded(stored, file.nodata, file.scales, file.offsets)
+        except rasterio.errors.RasterioError as error:
+            raise unreadable(str(self.path), error) from error
+        return values
 
 
 def decoded(

@@ -22,6 +22,7 @@ __all__ = [
     "default_window",
     "embedding_map",
     "features_of",
+    "moved",
     "running",
     "weights_hash",
     "weights_label",
@@ -230,6 +231,32 @@ def check_size(network: Network, height: int, width: int) -> None:
         raise ModelError(f"{height} x {width} pixels are less than one cell of {unit}")
 
 
+def moved(model: nn.Module, device: torch.device | str) -> torch.device:
+    """Move a model to a device.
+
+    Args:
+        model: The model.
+        device: Where to.
+
+    Returns:
+        The device.
+
+    Raises:
+        RasterError: The device is not there, or has no room.
+    """
+    try:
+        target = torch.device(device)
+        model.to(target)
+    except (AssertionError, RuntimeError) as error:
+        # Of CUDA's own messages, all but the first line is advice for programmers.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise RasterError(
+            f"the model cannot run on {device}: {reason.rstrip('.')}. Choose a device that is "
+            f"there, such as cpu"
+        ) from error
+    return target
+
+
 @contextlib.contextmanager
 def running(model: nn.Module, device: torch.device | str | None = None) -> Iterator[torch.device]:
     """Run a model in evaluation mode, then leave it as it was and where it was.
@@ -242,21 +269,14 @@ def running(model: nn.Module, device: torch.device | str | None = None) -> Itera
         The device.
 
     Raises:
-        RasterError: The device is not there.
+        RasterError: As in `moved`.
     """
     first = next(model.parameters(), None)
     home = first.device if first is not None else torch.device("cpu")
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        target = torch.device(device) if device is not None else home
-        if target != home:
-            model.to(target)
-        yield target
-    except (AssertionError, RuntimeError) as error:
-        if device is not None and ("CUDA" in str(error) or "device" in str(error).lower()):
-            raise RasterError(f"the model cannot run on {device}: {error}") from error
-        raise
+        yield home if device is None else moved(model, device)
     finally:
         for module, was in training:
             module.training = was
@@ -284,8 +304,10 @@ def weights_tags(model: nn.Module, digest: str | None = None) -> dict[str, str]:
         digest: Its `weights_hash`, to save computing it again.
 
     Returns:
-        Version of geofm; architecture; name of the weights, their hash and, where a card states it,
-        their licence.
+        Version of geofm; architecture; name of the weights and ``GEOFM_WEIGHTS_HASH``, the
+        `weights_hash` of the model as it computes. Of the checkpoint it was made from:
+        ``GEOFM_FILE_SHA256``, the sha256 of its file; and where it has a card ``GEOFM_CARD``, that
+        card's name, ``GEOFM_CARD_SHA256``, the sha256 of the card, and the weights' licence.
     """
     from geofm import __version__
 
@@ -297,7 +319,16 @@ def weights_tags(model: nn.Module, digest: str | None = None) -> dict[str, str]:
         "GEOFM_WEIGHTS": weights_label(model),
         "GEOFM_WEIGHTS_HASH": digest or weights_hash(model),
     }
-    return tags if card is None else {**tags, "GEOFM_LICENCE": card.licence.weights}
+    digest = getattr(model, "weights_sha256", None)
+    if digest:
+        tags["GEOFM_FILE_SHA256"] = digest
+    if card is not None:
+        tags |= {
+            "GEOFM_CARD": card.name,
+            "GEOFM_CARD_SHA256": card.sha256,
+            "GEOFM_LICENCE": card.licence.weights,
+        }
+    return tags
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -312,7 +343,8 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256(repr(model).encode())
     for name, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-        plain.pop("training", None)
+        for other in ("training", "weights_origin", "weights_sha256"):
+            plain.pop(other, None)
         digest.update(f"{name}{sorted(plain.items())}".encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import hashlib
 import logging
 import os
@@ -15,13 +16,38 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from geofm.errors import BandError, MissingExtraError, RasterError
-from geofm.scenes.files import is_remote, shown
+from geofm.errors import BandError, PixelError, RasterError
+from geofm.scenes.blocks import BlockCheck
+from geofm.scenes.files import (
+    check_pixels,
+    check_place,
+    is_remote,
+    open_raster,
+    rasterio_module,
+    reading,
+    shown,
+)
+from geofm.scenes.names import Facts
+from geofm.scenes.open import ITEMS, open_scene, request_of
+from geofm.scenes.scene import check_classes, check_resampling
+from geofm.scenes.stacked import facts_of_stack
+from geofm.spectral import Sensor
+from geofm.spectral import sensor as sensor_of
 
 if TYPE_CHECKING:
     from geofm.scenes import Scene, SceneBand
 
-__all__ = ["Coefficients", "RasterImage", "Source", "SourceLike", "open_source", "read_image"]
+__all__ = [
+    "Coefficients",
+    "RasterImage",
+    "Said",
+    "Source",
+    "SourceLike",
+    "crs_as_wkt",
+    "open_source",
+    "rasterio_module",
+    "read_image",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +75,37 @@ class RasterImage:
     crs: str | None
 
 
+@dataclass(frozen=True)
+class Said:
+    """What the caller says of a source. The attributes are arguments of `open_scene`."""
+
+    units: str | None = None
+    level: str | None = None
+    offset: float | None = None
+    date: str | datetime.date | None = None
+    nodata: float | Sequence[float] | None = None
+    sensor: str | Sensor | None = None
+    align: str | None = None
+    strict: bool = True
+
+    def facts(self) -> Facts:
+        """The same as facts.
+
+        Raises:
+            PixelError: An argument is out of its range.
+        """
+        return request_of(**vars(self)).facts
+
+    def given(self) -> list[str]:
+        """Names of what is said at all."""
+        return [
+            name for name, value in vars(self).items() if name != "strict" and value is not None
+        ]
+
+
+_NOTHING = Said()
+
+
 class Source(Protocol):
     """Named bands on one grid, read window by window.
 
@@ -59,6 +116,7 @@ class Source(Protocol):
         width: Pixels.
         transform: As in `RasterImage`.
         crs: As in `RasterImage`.
+        facts: What is known of its pixels, by itself or from the caller.
         date: When it was taken, ISO 8601; None if that is not known.
     """
 
@@ -68,6 +126,7 @@ class Source(Protocol):
     width: int
     transform: Coefficients
     crs: str | None
+    facts: Facts
     date: str | None
 
     def read(self, bands: Sequence[str], top: int, left: int, height: int, width: int) -> Masked:
@@ -100,34 +159,45 @@ class FileSource:
     Args:
         path: The file.
         bands: Names in order; None to take them from its descriptions.
+        said: What the caller says of it.
+
+    Attributes:
+        scales: Scales and offsets that its bands declare, without (1, 0).
+        understood: Whether these say the units, or there are none.
 
     Raises:
         BandError: There are no names, or not one for each band.
-        RasterError: It cannot be read, or has pixels that are no numbers.
+        DataNotFoundError: There is no such file.
+        PixelError: The caller contradicts what the file says.
+        RasterError: It cannot be read, has pixels that are no numbers, or its place is told by
+            ground control points only.
     """
 
-    def __init__(self, path: str | os.PathLike[str], bands: Sequence[str] | None) -> None:
-        self.rasterio = rasterio_module()
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        bands: Sequence[str] | None,
+        said: Said = _NOTHING,
+    ) -> None:
+        errors = rasterio_module().errors
         self.path = path
         # Without an address's query, which may hold a signature.
         self.shown = shown(os.fspath(path))
         self.name = Path(self.shown).name
-        self.date: str | None = None
         with warnings.catch_warnings():
             # Said below, in the same words as a missing CRS.
-            warnings.simplefilter("ignore", self.rasterio.errors.NotGeoreferencedWarning)
-            try:
-                self.file = self.rasterio.open(path)
-            except self.rasterio.errors.RasterioError as error:
-                reason = str(error).replace(os.fspath(path), self.shown)
-                raise RasterError(f"{self.shown} cannot be read as a raster: {reason}") from error
+            warnings.simplefilter("ignore", errors.NotGeoreferencedWarning)
+            self.file = open_raster(os.fspath(path))
+        self._blocks = BlockCheck(self.file)
         with contextlib.ExitStack() as undo:
             undo.callback(self.close)
             self._describe(bands)
+            self._learn(said)
             undo.pop_all()
 
     def _describe(self, bands: Sequence[str] | None) -> None:
         file = self.file
+        check_place(self.shown, file)
         self.height, self.width = file.height, file.width
         self.transform: Coefficients = tuple(file.transform)[:6]
         self.crs = file.crs.to_wkt() if file.crs else None
@@ -141,33 +211,33 @@ class FileSource:
         if len(bands) != file.count:
             raise BandError(f"{self.shown} has {file.count} bands, {len(bands)} are named: {bands}")
         for dtype in file.dtypes:
-            if dtype.startswith("complex"):
-                raise RasterError(
-                    f"{self.shown} has {dtype} pixels; integers or floats are needed. For radar, "
-                    f"take the amplitude or the intensity first"
-                )
-        scaled = sorted({*zip(file.scales, file.offsets, strict=True)} - {(1.0, 0.0)})
-        if scaled:
-            warnings.warn(
-                f"{self.shown} declares scales and offsets {scaled}, which are not applied: "
-                f"its stored values are taken as they are. Say what they mean with units= and "
-                f"offset=",
-                stacklevel=5,
-            )
+            check_pixels(self.shown, dtype)
         self.bands = tuple(bands)
+
+    def _learn(self, said: Said) -> None:
+        """What the file says of its pixels, completed by what the caller says."""
+        file = self.file
+        declared = list(zip(file.scales, file.offsets, strict=True))
+        self.scales = sorted({*declared} - {(1.0, 0.0)})
+        sensor = sensor_of(said.sensor or "sentinel2")
+        # An elevation or a mask among the bands has a scale of its own.
+        of_bands = {
+            pair for name, pair in zip(self.bands, declared, strict=True) if sensor.find(name)
+        }
+        own = facts_of_stack(os.fspath(self.path), file.tags(), of_bands or declared)
+        self.facts = own.of_pixels(file.dtypes).corrected(said.facts(), said.strict)
+        self.understood = own.units is not None or not self.scales
+        self.date = _iso(self.facts)
 
     def read(self, bands: Sequence[str], top: int, left: int, height: int, width: int) -> Masked:
         """As `Source.read`."""
-        window = self.rasterio.windows.Window(left, top, width, height)
         numbers = [self.bands.index(name) + 1 for name in bands]
-        try:
-            return self.file.read(numbers, window=window, masked=True)  # type: ignore[no-any-return]
-        except self.rasterio.errors.RasterioError as error:
-            reason = str(error).replace(os.fspath(self.path), self.shown)
-            raise RasterError(
-                f"{self.shown} cannot be read at rows {top} to {top + height}, columns {left} to "
-                f"{left + width}: {reason}. Is the file complete? Fetch it again"
-            ) from error
+        where = f" at rows {top} to {top + height - 1}, columns {left} to {left + width - 1}"
+        with reading(os.fspath(self.path), where) as rasterio:
+            window = rasterio.windows.Window(left, top, width, height)
+            self._blocks.check(numbers, window)
+            found: Masked = self.file.read(numbers, window=window, masked=True)
+        return found
 
     def identity(self) -> str:
         """Name, size and time of the file: hashing it would take as long as reading it."""
@@ -188,13 +258,17 @@ class ImageSource:
     Args:
         image: The image.
         bands: Names that replace its own; None to keep them.
+        said: What the caller says of it.
 
     Raises:
         BandError: There is not one name for each band.
-        RasterError: The pixels are no (bands, H, W) of numbers.
+        RasterError: The pixels are no (bands, H, W) of numbers, or nothing knows its reference
+            system.
     """
 
-    def __init__(self, image: RasterImage, bands: Sequence[str] | None) -> None:
+    def __init__(
+        self, image: RasterImage, bands: Sequence[str] | None, said: Said = _NOTHING
+    ) -> None:
         pixels = np.ma.asarray(image.pixels)
         if pixels.ndim != 3 or pixels.dtype.kind not in "iuf":
             raise RasterError(
@@ -207,8 +281,10 @@ class ImageSource:
             raise BandError(f"the image has {len(pixels)} bands, {len(self.bands)} are named")
         self.name = "image in memory"
         self.height, self.width = pixels.shape[1:]
-        self.transform, self.crs = image.transform, image.crs
-        self.date: str | None = None
+        self.transform = image.transform
+        self.crs = None if image.crs is None else crs_as_wkt(image.crs)
+        self.facts = said.facts()
+        self.date = _iso(self.facts)
 
     def read(self, bands: Sequence[str], top: int, left: int, height: int, width: int) -> Masked:
         """As `Source.read`."""
@@ -238,6 +314,7 @@ class SceneSource:
 
     Raises:
         BandError: The scene has no such band.
+        RasterError: The resampling is unknown, or the classes are not the scene's.
     """
 
     def __init__(
@@ -250,14 +327,17 @@ class SceneSource:
         if bands is not None:
             chosen = {band.name: band for band in scene.select(bands)}
             scene = dataclasses.replace(scene, bands=chosen)
+        check_resampling(resampling)
         self.scene = scene
-        self.resampling, self.mask_classes = resampling, tuple(mask_classes)
+        self.resampling = resampling
+        self.mask_classes = check_classes(mask_classes, scene.classification)
         self.bands = tuple(scene.bands)
         self.name = Path(shown(scene.source)).name or "scene"
         self.height, self.width = scene.height, scene.width
         self.transform: Coefficients = tuple(scene.transform)[:6]
         self.crs = scene.crs.to_wkt() if scene.crs else None
-        self.date = scene.date.isoformat() if scene.date else None
+        self.facts = Facts(scene.units, scene.level, scene.offset, scene.date, scene.nodata)
+        self.date = _iso(self.facts)
         self._reader = scene.reader()
 
     def read(self, bands: Sequence[str], top: int, left: int, height: int, width: int) -> Masked:
@@ -298,47 +378,65 @@ def open_source(
     *,
     resampling: str = "bilinear",
     mask_classes: Sequence[int] = (),
+    said: Said = _NOTHING,
 ) -> Source:
     """Whatever pixels come from, behind one interface.
 
     Args:
         source: Path of a raster; of a product that `open_scene` reads (a folder, a pattern, a STAC
             item); a scene; or an image in memory.
-        bands: As in `read_image`; of a scene, the names of those to use.
+        bands: As in `read_image`; of a scene, the names of those to use, of a product those to
+            open.
         resampling: Of a scene's coarser bands.
         mask_classes: Classes of a scene's classification that count as no data.
+        said: What the caller says besides; a scene knows its own.
 
     Returns:
         The source.
 
     Raises:
         BandError: Bands are not named, or there is no such band.
-        RasterError: It cannot be read, or lies nowhere.
+        DataNotFoundError: There is no such file or folder.
+        PixelError: The caller contradicts what the source itself says.
+        RasterError: It cannot be read, lies nowhere, or the resampling or the classes cannot be.
         MissingExtraError: rasterio is not installed.
     """
     opened: Source
+    check_resampling(resampling)
     if isinstance(source, RasterImage):
-        opened = ImageSource(source, bands)
+        check_classes(mask_classes, None)
+        opened = ImageSource(source, bands, said)
     elif not isinstance(source, str | os.PathLike | Mapping):
+        if said.given():
+            raise PixelError(
+                f"{', '.join(said.given())}: a scene has its own; say others in open_scene"
+            )
         opened = SceneSource(source, bands, resampling, mask_classes)
     elif isinstance(source, Mapping) or _is_product(source):
-        from geofm.scenes import open_scene
-
-        opened = SceneSource(open_scene(source), bands, resampling, mask_classes)
+        scene = open_scene(source, bands=bands, **vars(said))
+        opened = SceneSource(scene, None, resampling, mask_classes)
     else:
-        if mask_classes:
-            raise RasterError(
-                f"{source} has no classification to mask by; open what has one with open_scene"
+        check_classes(mask_classes, None)
+        opened = FileSource(source, bands, said)
+        if not opened.understood and said.units is None:
+            warnings.warn(
+                f"{opened.shown} declares scales and offsets {opened.scales}, which are not "
+                f"applied: its stored values are taken as they are. Say what they mean with units= "
+                f"and offset=",
+                stacklevel=4,
             )
-        opened = FileSource(source, bands)
-    _check_place(opened)
+    try:
+        _check_place(opened)
+    except RasterError:
+        opened.close()
+        raise
     return opened
 
 
 def _is_product(path: str | os.PathLike[str]) -> bool:
     """Whether a path is of more than one file, so that `open_scene` has to sort them out."""
     name = os.fspath(path)
-    if Path(shown(name)).suffix.lower() in (".json", ".xml"):
+    if Path(shown(name)).suffix.lower() in (*ITEMS, ".xml"):
         return True
     return not is_remote(name) and (any(mark in name for mark in "*?") or Path(name).is_dir())
 
@@ -351,11 +449,45 @@ def _size_and_time(path: str) -> tuple[int, int] | None:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _check_place(source: Source) -> None:
-    a, b, _, d, e, _ = source.transform
-    if a * e - b * d == 0:
+def _iso(facts: Facts) -> str | None:
+    return facts.date.isoformat() if facts.date else None
+
+
+def crs_as_wkt(crs: Any) -> str:
+    """A coordinate reference system as WKT.
+
+    Args:
+        crs: WKT, ``"EPSG:32632"``, PROJ's form, a number of EPSG, or a CRS of rasterio.
+
+    Raises:
+        RasterError: It cannot be understood.
+        MissingExtraError: rasterio is not installed.
+    """
+    rasterio = rasterio_module()
+    try:
+        # In an Env PROJ's own messages go to the log.
+        with rasterio.Env():
+            wkt: str = rasterio.crs.CRS.from_user_input(crs).to_wkt()
+    except (rasterio.errors.CRSError, TypeError) as error:
         raise RasterError(
-            f"{source.name} has the geotransform {source.transform}, in which pixels have no area"
+            f"{str(crs)[:80]!r} is no coordinate reference system: {error.__cause__ or error}"
+        ) from error
+    return wkt
+
+
+def _check_place(source: Source) -> None:
+    try:
+        a, b, _, d, e, _ = source.transform
+        finite = bool(np.isfinite(source.transform).all())
+    except (TypeError, ValueError) as error:
+        raise RasterError(
+            f"{source.name} has the geotransform {source.transform!r}; expected the six numbers "
+            f"a, b, c, d, e, f of x = a·column + b·row + c, y = d·column + e·row + f"
+        ) from error
+    if not finite or a * e - b * d == 0:
+        raise RasterError(
+            f"{source.name} has the geotransform {source.transform}, in which pixels have no area "
+            f"or no place; six finite numbers are needed"
         )
     if source.crs is None:
         # Still useful: a picture, a drone image in its own coordinates. The output has none either.
@@ -376,28 +508,19 @@ def read_image(source: str | os.PathLike[str], bands: Sequence[str] | None = Non
 
     Raises:
         BandError: There are no names, or not one for each band.
+        DataNotFoundError: There is no such file.
         RasterError: The file cannot be read.
         MissingExtraError: rasterio is not installed.
     """
     file = FileSource(source, bands)
+    if file.scales:
+        warnings.warn(
+            f"{file.shown} declares scales and offsets {file.scales}, which are not applied: its "
+            f"stored values are taken as they are",
+            stacklevel=2,
+        )
     try:
         pixels = file.read(file.bands, 0, 0, file.height, file.width)
     finally:
         file.close()
     return RasterImage(pixels, file.bands, file.transform, file.crs)
-
-
-def rasterio_module() -> Any:
-    """rasterio, or an error that names the extra that brings it.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        import rasterio
-        import rasterio.errors
-        import rasterio.shutil
-        import rasterio.windows
-    except ImportError as error:
-        raise MissingExtraError("rasters need rasterio: pip install 'geofm[raster]'") from error
-    return rasterio

@@ -1,9 +1,9 @@
 """Where finished blocks go: memory, or a folder from which an interrupted run continues.
 
 `out.tif.partial/` holds `plan.json` (what the run is of), `cells.raw` (values, row by row, all
-channels of a row together), `done.txt` (one line for each finished block) and `fit.npz` (principal
-components and scales). A GeoTIFF that is killed while it is written cannot be read again; plain
-rows can.
+channels of a row together), `done.txt` (for each finished block its panel, its row, and the bytes
+that `cells.raw` had then) and `fit.npz` (principal components and scales). A GeoTIFF that is killed
+while it is written cannot be read again; plain rows can.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -125,18 +127,24 @@ class PartialStore:
 
     def _begin(self, resume: bool) -> None:
         path = self.folder / _PLAN
-        found = _read_plan(path)
-        if found is not None and resume:
+        found = _read_plan(path) if resume else None
+        if found is not None:
             self._check_plan(found)
         elif any(self.folder.joinpath(name).exists() for name in (_CELLS, _DONE, _FIT)):
             logger.warning("%s: what is there is put aside and computed anew", self.folder)
         try:
-            if found is None or not resume:
+            if found is None:
                 for name in (_PLAN, _DONE, _FIT, _CELLS):
                     (self.folder / name).unlink(missing_ok=True)
                 (self.folder / _CELLS).touch()
                 _write_whole(path, json.dumps(self.plan, indent=1).encode())
-            self._done = _read_done(self.folder / _DONE)
+            self._done, size = _read_done(self.folder / _DONE)
+            cells = self.folder / _CELLS
+            if not cells.exists() or cells.stat().st_size < size:
+                logger.warning("%s is shorter than what was finished; all is computed anew", cells)
+                (self.folder / _DONE).unlink(missing_ok=True)
+                cells.touch()
+                self._done = set()
         except OSError as error:
             raise cannot_write(self.output, error, self.folder) from error
         if self._done:
@@ -200,8 +208,9 @@ class PartialStore:
                         begin = (top * bands + number) * width + left
                         _write_at(file.fileno(), line, begin * item)
                 os.fsync(file.fileno())
+                size = os.fstat(file.fileno()).st_size
             with (self.folder / _DONE).open("ab") as journal:
-                journal.write(f"{panel} {row}\n".encode())
+                journal.write(f"{panel} {row} {size}\n".encode())
                 journal.flush()
                 os.fsync(journal.fileno())
         except OSError as error:
@@ -233,12 +242,18 @@ class PartialStore:
 
         Returns:
             The codec, or None if there is none yet.
+
+        Raises:
+            RasterError: It is damaged.
         """
         path = self.folder / _FIT
         if not path.exists():
             return None
-        with np.load(path, allow_pickle=False) as file:
-            found = {key: file[key] for key in file.files}
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                found = {key: file[key] for key in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise _damaged(path, error) from error
         names = ("mean", "loadings", "explained")
         projection = Projection(*(found[n] for n in names)) if "mean" in found else None
         return Codec(dtype, projection, found.get("scale"), found.get("zero"))
@@ -306,21 +321,33 @@ def _read_plan(path: Path) -> Mapping[str, Any] | None:
     try:
         plan: Mapping[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RasterError(f"{path} cannot be read: {error}; delete {path.parent}") from error
+        raise _damaged(path, error) from error
     return plan
 
 
-def _read_done(path: Path) -> set[tuple[int, int]]:
+def _damaged(path: Path, error: Exception) -> RasterError:
+    return RasterError(
+        f"{path} is damaged ({error}), so that this run cannot be continued; start over with "
+        f"resume=False (--no-resume), or delete {path.parent}"
+    )
+
+
+def _read_done(path: Path) -> tuple[set[tuple[int, int]], int]:
+    """Panels and rows of finished blocks, and the bytes that the cells have at least."""
     if not path.exists():
-        return set()
+        return set(), 0
     # A line without its end was being written when the run stopped.
-    text = path.read_text()
-    complete = text[: text.rfind("\n") + 1]
+    text = path.read_bytes()
+    complete = text[: text.rfind(b"\n") + 1]
     if complete != text:
         # Or the next line would be appended to it.
-        _write_whole(path, complete.encode())
-    pairs = (line.split() for line in complete.splitlines())
-    return {(int(panel), int(row)) for panel, row in pairs}
+        _write_whole(path, complete)
+    try:
+        lines = [tuple(map(int, line.split())) for line in complete.splitlines()]
+        blocks = {(panel, row) for panel, row, _ in lines}
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return blocks, max((size for _, _, size in lines), default=0)
 
 
 def _short(value: Any) -> str:

@@ -19,8 +19,9 @@ from geofm.raster.windows import Axis, Panel
 
 __all__ = ["Strip", "StripReader", "has_data"]
 
-# Pixels that are prepared at a time: preparing needs several copies of them.
-_AT_ONCE = 256 * 1024
+# Pixels that are prepared at a time: preparing needs several copies of them, of which memory keeps
+# more than there are at once.
+_AT_ONCE = 64 * 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,14 +29,18 @@ class Strip:
     """One row of windows of one panel.
 
     Attributes:
-        pixels: Prepared, (bands, height of a window, width of the panel).
+        pixels: Prepared, (bands, rows, columns), as far as the raster reaches.
         left: Column of the raster where it begins.
+        height: Of a window.
+        blank: What windows are continued by beyond the raster; None: by its last row and column.
         filled: For each window of the panel, whether it has data at all.
         enough: (rows, columns) of the cells that are final after this row; False: no data.
     """
 
     pixels: Tensor
     left: int
+    height: int
+    blank: float | None
     filled: tuple[bool, ...]
     enough: NDArray[np.bool_]
 
@@ -49,7 +54,13 @@ class Strip:
         Returns:
             (bands, height, size).
         """
-        return self.pixels[:, :, start - self.left : start - self.left + size]
+        found = self.pixels[:, :, start - self.left : start - self.left + size]
+        below, right = self.height - found.shape[1], size - found.shape[2]
+        if not below and not right:
+            return found
+        if self.blank is None:
+            return F.pad(found[None], (0, right, 0, below), mode="replicate")[0]
+        return F.pad(found, (0, right, 0, below), value=self.blank)
 
 
 class StripReader:
@@ -113,11 +124,13 @@ class StripReader:
         end = start + self.rows.size
         top = max(0, start - self.before)
         self._advance(top, min(end, self.rows.length))
-        pixels = self._continued(self.pixels[:, start - top :], end - start, self.end - self.left)
+        pixels = self.pixels[:, start - top :]
+        blank = None if self.replicate else self.prepare.blank
         first = self.columns.owned(self.panel.own)[0]
         last = self.columns.owned(self.panel.end - 1)[1]
         enough = self.enough(self.rows.owned(row), (first, last))
-        return Strip(pixels, self.left, self._filled(start - top), enough)
+        filled = self._filled(start - top)
+        return Strip(pixels, self.left, self.rows.size, blank, filled, enough)
 
     def _advance(self, top: int, bottom: int) -> None:
         self._rooms.reverse()
@@ -145,14 +158,6 @@ class StripReader:
             prepared[:, :, place] = self.prepare(stored)
             valid[:, place] = has_data(stored, self.prepare.nodata)
         return valid
-
-    def _continued(self, pixels: Tensor, height: int, width: int) -> Tensor:
-        below, right = height - pixels.shape[1], width - pixels.shape[2]
-        if not below and not right:
-            return pixels
-        if self.replicate:
-            return F.pad(pixels[None], (0, right, 0, below), mode="replicate")[0]
-        return F.pad(pixels, (0, right, 0, below), value=self.prepare.blank)
 
     def _filled(self, skip: int) -> tuple[bool, ...]:
         some = np.asarray(self.valid[skip:].any(axis=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -202,14 +203,15 @@ def panels(columns: Axis, pixels: int) -> tuple[Panel, ...]:
         pixels: Width of a panel; one window at least.
 
     Returns:
-        Panels from left to right.
+        Panels from left to right, as few and as equal as may be.
     """
-    found, own = [], 0
     count = len(columns.starts)
-    while own < count:
-        begin = columns.first_over(own)
-        limit = columns.starts[begin] + pixels - columns.size
-        end = max(own + 1, bisect.bisect_right(columns.starts, limit))
-        found.append(Panel(begin, own, end))
-        own = end
+    found: list[Panel] = []
+    for number in range(1, count + 1):
+        edges = [count * i // number for i in range(number + 1)]
+        found = [Panel(columns.first_over(own), own, end) for own, end in itertools.pairwise(edges)]
+        ends = [columns.starts[panel.end - 1] + columns.size for panel in found]
+        widths = [end - columns.starts[panel.begin] for panel, end in zip(found, ends, strict=True)]
+        if max(widths) <= pixels:
+            break
     return tuple(found)

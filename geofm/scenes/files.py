@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,18 @@ import numpy as np
 
 from geofm.errors import DataNotFoundError, MissingExtraError, RasterError
 
-__all__ = ["Layer", "import_rasterio", "is_remote", "layers_of", "reading", "shown"]
+__all__ = [
+    "Layer",
+    "check_pixels",
+    "check_place",
+    "is_remote",
+    "layers_of",
+    "open_raster",
+    "rasterio_module",
+    "reading",
+    "shown",
+    "unreadable",
+]
 
 # What the files of products are. A ".tif" that is really a VRT or a web service could make GDAL
 # read anything, so that is only for a file the caller names himself.
@@ -67,14 +79,17 @@ class Layer:
         return abs(self.transform[0] * self.transform[4])
 
 
-def import_rasterio() -> Any:
+def rasterio_module() -> Any:
     """The rasterio module, imported late because geofm works without it.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: It is not installed; the error names the extra that brings it.
     """
     try:
         import rasterio
+        import rasterio.errors
+        import rasterio.shutil
+        import rasterio.windows
     except ImportError as error:
         raise MissingExtraError("rasters need rasterio: pip install 'geofm[raster]'") from error
     return rasterio
@@ -109,16 +124,91 @@ def reading(path: str, what: str = "") -> Iterator[Any]:
     Yields:
         The rasterio module.
     """
-    rasterio = import_rasterio()
+    rasterio = rasterio_module()
     try:
         # In an Env GDAL's warnings go to the log.
         with rasterio.Env(**(_REMOTE if is_remote(path) else {})):
             yield rasterio
     except (rasterio.errors.RasterioError, rasterio._err.CPLE_BaseError) as error:
-        reason = str(error.__cause__ or error).replace(path, shown(path))
+        raise unreadable(path, error, what) from error
+
+
+def unreadable(path: str, error: Exception, what: str = "") -> RasterError:
+    """The error for what GDAL cannot read.
+
+    Args:
+        path: The file or address.
+        error: What rasterio raised; of "Read failed. See previous exception" the previous one says
+            why.
+        what: What of it was read.
+
+    Returns:
+        The error to raise.
+    """
+    reason = str(error.__cause__ or error).replace(path, shown(path)).rstrip(".")
+    advice = "Is the file complete? Fetch it again"
+    if is_remote(path):
+        advice = (
+            "Is the address right? One that was signed may have expired"
+            if re.search(r"(?<!\d)4\d\d(?!\d)", reason)
+            else "Does its server answer, and is the file there complete? Run it again"
+        )
+    return RasterError(f"{shown(path)} cannot be read{what}: {reason}. {advice}")
+
+
+def open_raster(path: str) -> Any:
+    """Open anything that GDAL reads.
+
+    Args:
+        path: Path, http(s) address, or a name of GDAL's own (``/vsizip/...``, ``NETCDF:...``).
+
+    Returns:
+        rasterio's dataset, which the caller closes.
+
+    Raises:
+        DataNotFoundError: There is no such file.
+        RasterError: It cannot be read.
+        MissingExtraError: rasterio is not installed.
+    """
+    own = path.startswith("/vsi") or re.match(r"[A-Za-z0-9_]{2,}:", path)
+    if not own and not Path(path).exists():
+        raise DataNotFoundError(f"there is no file or folder {path}")
+    with reading(path) as rasterio:
+        return rasterio.open(path)
+
+
+def check_pixels(name: str, dtype: str) -> None:
+    """Refuse pixels that are no plain numbers.
+
+    Args:
+        name: The file, for the message.
+        dtype: Their type, as rasterio names it.
+
+    Raises:
+        RasterError: They are complex.
+    """
+    if dtype.startswith("complex"):
         raise RasterError(
-            f"{shown(path)} cannot be read{what}: {reason}. Is it complete? Fetch it again"
-        ) from error
+            f"{name} has {dtype} pixels; integers or floats are needed. For radar, take the "
+            f"amplitude or the intensity first"
+        )
+
+
+def check_place(name: str, file: Any) -> None:
+    """Refuse a file whose place only ground control points tell.
+
+    Args:
+        name: The file, for the message.
+        file: rasterio's dataset.
+
+    Raises:
+        RasterError: Its rows and columns are no grid in any reference system.
+    """
+    if not file.crs and file.gcps[0]:
+        raise RasterError(
+            f"{name} has {len(file.gcps[0])} ground control points and no coordinate reference "
+            f"system: its pixels are no grid on the ground. Warp it first: gdalwarp in.tif out.tif"
+        )
 
 
 def layers_of(path: str, any_driver: bool = False) -> tuple[Layer, ...]:
@@ -142,6 +232,7 @@ def layers_of(path: str, any_driver: bool = False) -> tuple[Layer, ...]:
         suffix = Path(shown(path)).suffix.lower()
         driver = None if any_driver else _DRIVERS.get(suffix, _OTHER_DRIVER)
         with rasterio.open(path, driver=driver) as file:
+            check_place(shown(path), file)
             layers = tuple(
                 Layer(
                     path=path,
@@ -167,6 +258,7 @@ def layers_of(path: str, any_driver: bool = False) -> tuple[Layer, ...]:
 def _check(layer: Layer) -> None:
     a, b, _, d, e, _ = layer.transform
     name = shown(layer.path)
+    check_pixels(name, layer.dtype)
     if layer.dtype not in _DTYPES:
         raise RasterError(
             f"{name} has {layer.dtype} pixels; taken are {', '.join(_DTYPES)}. Convert it: "

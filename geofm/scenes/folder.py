@@ -13,7 +13,7 @@ from geofm.errors import BandError, DataNotFoundError, RasterError
 from geofm.scenes.files import Layer, layers_of
 from geofm.scenes.grids import Request, assemble
 from geofm.scenes.names import facts_of_name
-from geofm.scenes.scene import Scene
+from geofm.scenes.scene import SCL, Scene
 from geofm.spectral import Sensor
 
 __all__ = ["open_folder", "open_pattern"]
@@ -98,8 +98,8 @@ def _open_files(files: Sequence[Path], folder: Path, request: Request) -> Scene:
     if len(scenes) > 1:
         first = min(scenes)
         raise RasterError(
-            f"{folder} has the files of {len(scenes)} scenes: {_few(sorted(scenes))}. Open one: "
-            f"open_scene({str(folder / (first or 'B'))!r} + '*')"
+            f"{folder} has the files of {len(scenes)} scenes: {_few(sorted(scenes))}. Open one "
+            f"by a pattern: {str(folder / (first or 'B')) + '*'!r}"
         )
     if others:
         logger.info("%s: not named as bands and left out: %s", folder, _few(others))
@@ -114,8 +114,10 @@ def _open_files(files: Sequence[Path], folder: Path, request: Request) -> Scene:
             layers[name] = _single(_finest(name, paths))
     # Sentinel-2's own classification rather than another's.
     chosen = min(classes.items(), key=lambda each: "scl" not in each[0], default=None)
-    mask = None if chosen is None else _single(chosen[1])
-    return assemble(layers, facts, request, str(folder), mask)
+    if chosen is None:
+        return assemble(layers, facts, request, str(folder))
+    kind = SCL if "scl" in chosen[0] else "cloud_mask"
+    return assemble(layers, facts, request, str(folder), _single(chosen[1]), kind)
 
 
 def _band_in(stem: str, sensor: Sensor) -> tuple[str, str]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from geofm.errors import BandError, RasterError
-from geofm.scenes.files import Layer, import_rasterio, shown
+from geofm.scenes.files import Layer, rasterio_module, shown
 from geofm.scenes.names import Facts
-from geofm.scenes.scene import Scene, SceneBand
+from geofm.scenes.scene import SCL, Scene, SceneBand
 from geofm.spectral import Sensor
 
 __all__ = ["Request", "assemble"]
@@ -44,6 +44,7 @@ def assemble(
     request: Request,
     source: str,
     classification: Layer | None = None,
+    kind: str = SCL,
 ) -> Scene:
     """Put layers on one grid.
 
@@ -53,6 +54,7 @@ def assemble(
         request: What the caller says.
         source: What is opened.
         classification: Scene classification or cloud mask.
+        kind: Which of them, ``"SCL"`` or another's name.
 
     Returns:
         The scene.
@@ -64,15 +66,14 @@ def assemble(
     """
     layers = _in_order(layers, request, source)
     finest = min(layers.values(), key=lambda layer: layer.area)
-    by_units = {"dn"} if facts.units is None and facts.product and _are_dn(layers) else set()
-    facts = replace(facts, units="dn" if by_units else facts.units)
+    facts = facts.of_pixels(layer.dtype for layer in layers.values())
     declared = {float(v.nodata) for v in layers.values() if v.nodata is not None}
     nodata = request.facts.nodata or facts.nodata or tuple(sorted(v for v in declared if v == v))
     facts = facts.corrected(request.facts, request.strict)
     if not nodata and facts.units == "dn" and request.sensor.name.startswith("sentinel2"):
         # DN 0 is Sentinel-2's no-data value by the products' definition.
         nodata = (0.0,)
-    rasterio = import_rasterio()
+    rasterio = rasterio_module()
     return Scene(
         bands={name: _place(name, layer, finest, request) for name, layer in layers.items()},
         units=facts.units,
@@ -87,7 +88,7 @@ def assemble(
         nodata=nodata,
         classification=None
         if classification is None
-        else _place("classification", classification, finest, request),
+        else _place(kind, classification, finest, request),
         sensor=request.sensor.name,
         source=shown(source),
     )
@@ -105,10 +106,6 @@ def _in_order(layers: Mapping[str, Layer], request: Request, source: str) -> dic
     if not layers:
         raise BandError(f"{shown(source)} has no band of {request.sensor.name}")
     return {name: layers[name] for name in request.sensor.names if name in layers}
-
-
-def _are_dn(layers: Mapping[str, Layer]) -> bool:
-    return all(layer.dtype in ("uint16", "int16", "uint32", "int32") for layer in layers.values())
 
 
 def _place(name: str, layer: Layer, finest: Layer, request: Request) -> SceneBand:
@@ -162,7 +159,8 @@ def _check_nesting(
         )
         raise RasterError(
             f"the grids do not nest: {found}.{corner} align='georeference' takes every file as "
-            f"georeferenced, and interpolates; or warp them to one grid (gdalwarp -tr -te)"
+            f"georeferenced, and interpolates. (On the command line: --align.) Or warp them to one "
+            f"grid (gdalwarp -tr -te)"
         )
     sizes = (layer.width, finest.width), (layer.height, finest.height)
     for r, s, (own, size) in zip(ratio, shift, sizes, strict=True):
@@ -170,7 +168,8 @@ def _check_nesting(
             raise RasterError(
                 f"the extents differ: {found}; it has {layer.width} x {layer.height} pixels and "
                 f"does not cover the {finest.width} x {finest.height} of that. Say "
-                f"align='georeference' to have pixels missing there, or leave {name} out"
+                f"align='georeference' (on the command line: --align georeference) to have pixels "
+                f"missing there, or leave {name} out"
             )
 
 

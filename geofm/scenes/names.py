@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from geofm.errors import PixelError
@@ -20,6 +21,9 @@ _GRANULE = re.compile(r"(?<!\d)(?P<date>\d{8})T\d{6}_\d{8}T\d{6}_T\d{2}[A-Z]{3}(
 _IMAGE = re.compile(r"(?<![A-Z0-9])T\d{2}[A-Z]{3}_(?P<date>\d{8})T\d{6}(?!\d)")
 # Earth Search: S2A_43RCP_20200604_0_L2A.
 _COG = re.compile(r"S2[A-D]_\d{2}[A-Z]{3}_(?P<date>\d{8})_\d+_(?P<level>L1C|L2A)")
+
+# Types of DN; 8 bits are a picture.
+_DN = {"uint16", "int16", "uint32", "int32"}
 
 
 @dataclass(frozen=True)
@@ -70,11 +74,23 @@ class Facts:
         for name in ("units", "level", "offset", "date"):
             mine, said = getattr(self, name), getattr(given, name)
             if strict and mine is not None and said is not None and mine != said:
+                mine, said = (str(v) if name == "date" else repr(v) for v in (mine, said))
                 raise PixelError(
-                    f"{name}={said!r} was given, but the scene's own metadata say {mine!r}; leave "
-                    f"{name}= out, or say strict=False if the metadata are wrong"
+                    f"{name}={said} was given, but the scene's own name or metadata say {mine}; "
+                    f"leave {name}= out, or say strict=False (on the command line: --no-strict) if "
+                    f"they are wrong"
                 )
         return replace(given.filled(self), product=self.product)
+
+    def of_pixels(self, dtypes: Iterable[str]) -> Facts:
+        """These facts, with the units that follow from them: integers of a product are DN.
+
+        Args:
+            dtypes: Types of the bands' pixels.
+        """
+        if self.units is None and self.product and set(dtypes) <= _DN:
+            return replace(self, units="dn")
+        return self
 
 
 def facts_of_name(name: str) -> Facts:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from geofm.errors import DataNotFoundError, PixelError, RasterError
-from geofm.scenes.files import is_remote
+from geofm.scenes.files import is_remote, shown
 from geofm.scenes.folder import open_folder, open_pattern
 from geofm.scenes.grids import Request
 from geofm.scenes.names import Facts, check_offset, date_of
@@ -22,8 +22,10 @@ from geofm.scenes.stacked import open_stacked
 from geofm.spectral import Sensor
 from geofm.spectral import sensor as sensor_of
 
-__all__ = ["open_scene"]
+__all__ = ["ITEMS", "open_scene", "request_of"]
 
+# Ends of the names of STAC items.
+ITEMS = (".json", ".geojson")
 _PACKED = (".zip", ".tar", ".gz", ".tgz", ".7z")
 
 
@@ -74,12 +76,12 @@ def open_scene(
             of an unknown type; grids do not nest.
         MissingExtraError: rasterio is not installed.
     """
-    request = _request(bands, units, level, offset, date, nodata, sensor, align, strict)
+    request = request_of(bands, units, level, offset, date, nodata, sensor, align, strict)
     if isinstance(path, Mapping):
         return open_item(path, None, request)
     text = os.fspath(path)
     if is_remote(text):
-        if text.partition("?")[0].lower().endswith((".json", ".geojson")):
+        if Path(shown(text)).suffix.lower() in ITEMS:
             return open_item(read_item(text), text, request)
         return open_stacked(text, request)
     return _open_local(Path(text), request)
@@ -93,7 +95,7 @@ def _open_local(path: Path, request: Request) -> Scene:
     if path.name in METADATA and path.is_file():
         return open_safe(path.parent, request)
     if path.is_file():
-        if path.suffix.lower() in (".json", ".geojson"):
+        if path.suffix.lower() in ITEMS:
             return open_item(read_item(str(path)), str(path), request)
         if path.suffix.lower() in _PACKED:
             raise RasterError(f"{path} is packed; unpack it and open the folder")
@@ -103,17 +105,36 @@ def _open_local(path: Path, request: Request) -> Scene:
     raise DataNotFoundError(f"there is no file or folder {path}")
 
 
-def _request(
-    bands: Sequence[str] | None,
-    units: str | None,
-    level: str | None,
-    offset: float | None,
-    date: str | datetime.date | None,
-    nodata: float | Sequence[float] | None,
-    sensor: str | Sensor | None,
-    align: str | None,
-    strict: bool,
+def request_of(
+    bands: Sequence[str] | None = None,
+    units: str | None = None,
+    level: str | None = None,
+    offset: float | None = None,
+    date: str | datetime.date | None = None,
+    nodata: float | Sequence[float] | None = None,
+    sensor: str | Sensor | None = None,
+    align: str | None = None,
+    strict: bool = True,
 ) -> Request:
+    """What a caller says, checked.
+
+    Args:
+        bands: As in `open_scene`.
+        units: As there.
+        level: As there.
+        offset: As there.
+        date: As there.
+        nodata: As there.
+        sensor: As there.
+        align: As there.
+        strict: As there.
+
+    Returns:
+        The same as one object.
+
+    Raises:
+        PixelError: An argument is out of its range.
+    """
     for name, value, choices in (
         ("units", units, ("dn", "reflectance", "uint8")),
         ("level", level, ("L1C", "L2A")),

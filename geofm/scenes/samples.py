@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from geofm.datasets.samples import landscape
 from geofm.errors import PixelError, RasterError
 from geofm.preprocess import offset_of_baseline
-from geofm.scenes.files import import_rasterio
+from geofm.scenes.files import rasterio_module
 from geofm.spectral.sensors import SENTINEL2
 
 __all__ = ["write_safe"]
 
 _TILE = "T32UNU"
+# What Level-2A leaves out of its coarser folders.
+_NOT_MADE = {("B8", 20), ("B8", 60)}
 _TAKEN = "T101031"
 _PSD = "https://psd-15.sentinel2.eo.esa.int/PSD/User_Product_Level-"
 # Class of each land cover of `geofm.datasets.samples.LAND_COVER`.
@@ -34,8 +36,9 @@ def write_safe(
     """Write a generated landscape as an unpacked SAFE folder.
 
     It has the folders, file names, lossless JPEG 2000 images and the parts of the metadata that
-    readers use: in L2A every band at its own resolution and the coarser ones, and SCL with a cloud;
-    in L1C every band at its own. Stored DN hold the offset of the baseline.
+    readers use: in L2A every band at its own resolution and the coarser ones (B8 at 10 m only, as
+    B8A takes its place at the others), and SCL with a cloud; in L1C every band at its own. Stored
+    DN hold the offset of the baseline.
 
     Args:
         folder: Where to put the product; created if needed.
@@ -71,7 +74,7 @@ def write_safe(
         for coarse in (10, 20, 60):
             if level == "L1C" and coarse == metres:
                 path = images / f"{prefix}_{label}.jp2"
-            elif level == "L2A" and coarse >= metres:
+            elif level == "L2A" and coarse >= metres and (band, coarse) not in _NOT_MADE:
                 path = images / f"R{coarse}m" / f"{prefix}_{label}_{coarse}m.jp2"
             else:
                 continue
@@ -95,7 +98,7 @@ def _coarser(pixels: NDArray[np.uint16], factor: int) -> NDArray[np.uint16]:
 def _write(
     path: Path, pixels: NDArray[Any], transform: tuple[float, ...], crs: str, metres: int
 ) -> None:
-    rasterio = import_rasterio()
+    rasterio = rasterio_module()
     path.parent.mkdir(exist_ok=True)
     _, _, west, _, _, north = transform
     height, width = pixels.shape

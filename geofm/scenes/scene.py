@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from geofm.errors import BandError, PixelError, RasterError
+from geofm.scenes.blocks import BlockCheck
 from geofm.scenes.files import reading
 from geofm.scenes.resample import RESAMPLINGS, Axis, axis_of, interpolate
 from geofm.spectral import sensor as sensor_of
@@ -19,7 +21,16 @@ from geofm.spectral import sensor as sensor_of
 if TYPE_CHECKING:
     from geofm.preprocess import Preprocess
 
-__all__ = ["CLOUDY", "SCL_CLASSES", "Scene", "SceneBand", "SceneReader"]
+__all__ = [
+    "CLOUDY",
+    "SCL",
+    "SCL_CLASSES",
+    "Scene",
+    "SceneBand",
+    "SceneReader",
+    "check_classes",
+    "check_resampling",
+]
 
 SCL_CLASSES: Mapping[int, str] = {
     0: "no data",
@@ -37,6 +48,8 @@ SCL_CLASSES: Mapping[int, str] = {
 }
 # Classes of SCL to mask: shadow, cloud and cirrus.
 CLOUDY: tuple[int, ...] = (3, 8, 9, 10)
+# What a `SceneBand` with these classes is called.
+SCL = "SCL"
 
 
 @dataclass(frozen=True)
@@ -84,7 +97,7 @@ class Scene:
         height: Rows of the grid.
         dtype: numpy's name of the type that `read` returns: one that holds all bands' values.
         nodata: Stored values that mean "no data".
-        classification: Scene classification (SCL) or cloud mask.
+        classification: Scene classification, named ``"SCL"``, or a cloud mask of another kind.
         sensor: Whose names the bands have.
         source: What was opened.
     """
@@ -213,7 +226,8 @@ class Scene:
         if value is None:
             raise PixelError(
                 f"the {name} of {self.source or 'the scene'} cannot be known from its names and "
-                f"metadata; say open_scene(..., {name}=...): {choices}"
+                f"metadata; say {name}=, as in open_scene(..., {name}=...) (on the command line: "
+                f"--{name}): {choices}"
             )
         return value
 
@@ -227,7 +241,7 @@ class SceneReader:
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, BlockCheck]] = {}
 
     def __enter__(self) -> SceneReader:
         return self
@@ -242,7 +256,7 @@ class SceneReader:
 
     def close(self) -> None:
         """Close all files."""
-        for file in self._files.values():
+        for file, _ in self._files.values():
             file.close()
         self._files.clear()
 
@@ -270,17 +284,13 @@ class SceneReader:
         """
         scene = self.scene
         chosen = scene.select(bands)
-        if resampling not in RESAMPLINGS:
-            raise RasterError(
-                f"resampling is {resampling!r}; expected one of {', '.join(RESAMPLINGS)}"
-            )
+        check_resampling(resampling)
+        classes = check_classes(mask_classes, scene.classification)
         top, left, height, width = _whole(window, scene)
         rows = max(top, 0), min(top + height, scene.height)
         columns = max(left, 0), min(left + width, scene.width)
         values = np.zeros((len(chosen), height, width), scene.dtype)
         missing = np.ones(values.shape, dtype=bool)
-        if mask_classes and scene.classification is None:
-            raise RasterError("classes are to be masked, but the scene has no classification")
         if rows[0] < rows[1] and columns[0] < columns[1]:
             place = (
                 slice(rows[0] - top, rows[1] - top),
@@ -288,9 +298,9 @@ class SceneReader:
             )
             for i, band in enumerate(chosen):
                 values[i][place], missing[i][place] = self._band(band, rows, columns, resampling)
-            if mask_classes and scene.classification is not None:
-                classes, _ = self._band(scene.classification, rows, columns, "nearest", ())
-                missing[:, place[0], place[1]] |= np.isin(classes, list(mask_classes))
+            if classes and scene.classification is not None:
+                found, _ = self._band(scene.classification, rows, columns, "nearest", ())
+                missing[:, place[0], place[1]] |= np.isin(found, classes)
         return np.ma.MaskedArray(values, missing, fill_value=0)
 
     def _band(
@@ -301,7 +311,7 @@ class SceneReader:
         method: str,
         nodata: tuple[float, ...] | None = None,
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        file = self._file(band)
+        file, _ = self._file(band)
         if band.on_grid:
             method = "nearest"
         down = axis_of(*rows, band.ratio[1], band.shift[1], file.height, method)
@@ -321,24 +331,74 @@ class SceneReader:
     def _pixels(
         self, band: SceneBand, rows: Axis, columns: Axis
     ) -> tuple[NDArray[Any], NDArray[np.bool_]]:
-        file = self._file(band)
+        file, blocks = self._file(band)
         where = f" (band {band.index}, rows {rows.low} to {rows.high - 1})"
         with reading(band.path, where) as rasterio:
             window = rasterio.windows.Window.from_slices(
                 (rows.low, rows.high), (columns.low, columns.high)
             )
+            blocks.check([band.index], window)
             read = file.read(band.index, window=window, masked=True)
         missing = np.ma.getmaskarray(read).copy()
         if read.dtype.kind == "f":
             missing |= ~np.isfinite(read.data)
         return read.data, missing
 
-    def _file(self, band: SceneBand) -> Any:
+    def _file(self, band: SceneBand) -> tuple[Any, BlockCheck]:
         path = band.path
         if path not in self._files:
             with reading(path) as rasterio:
-                self._files[path] = rasterio.open(path, driver=band.driver)
+                file = rasterio.open(path, driver=band.driver)
+                self._files[path] = (file, BlockCheck(file))
         return self._files[path]
+
+
+def check_resampling(method: str) -> None:
+    """Refuse an unknown way to bring coarser bands to a grid.
+
+    Args:
+        method: What the caller said.
+
+    Raises:
+        RasterError: It is none of ``"nearest"``, ``"bilinear"`` and ``"cubic"``.
+    """
+    if method not in RESAMPLINGS:
+        raise RasterError(f"resampling is {method!r}; expected one of {', '.join(RESAMPLINGS)}")
+
+
+def check_classes(mask_classes: Sequence[int], classification: SceneBand | None) -> tuple[int, ...]:
+    """Classes to mask, if there can be such.
+
+    Args:
+        mask_classes: What the caller said.
+        classification: What holds classes; None where nothing does.
+
+    Returns:
+        The classes.
+
+    Raises:
+        RasterError: They are no numbers of classes, or nothing holds classes.
+    """
+    known = "numbers of classes, such as geofm.scenes.CLOUDY, which is (3, 8, 9, 10)"
+    try:
+        # Letters of a word are no numbers.
+        classes = tuple(operator.index(each) for each in mask_classes)
+    except TypeError as error:
+        raise RasterError(f"mask_classes is {mask_classes!r}; expected {known}") from error
+    if classes and classification is None:
+        raise RasterError(
+            f"mask_classes is {list(classes)}, but there is no classification to mask by; SAFE "
+            f"folders of Level-2A and items have one, and open_scene finds one beside or among "
+            f"the bands if it is named SCL"
+        )
+    strange = [each for each in classes if each not in SCL_CLASSES]
+    if strange and classification is not None and classification.name == SCL:
+        listed = ", ".join(f"{number} {name}" for number, name in SCL_CLASSES.items())
+        raise RasterError(
+            f"mask_classes has {', '.join(map(str, strange))}, and the scene classification goes "
+            f"from 0 to 11 ({listed}); geofm.scenes.CLOUDY is (3, 8, 9, 10)"
+        )
+    return classes
 
 
 def _whole(window: Any, scene: Scene) -> tuple[int, int, int, int]:

@@ -108,9 +108,9 @@ def open_item(item: Mapping[str, Any], base: str | None, request: Request) -> Sc
         wanted = {band.name for band in request.sensor.select(request.bands)}
     layers: dict[str, Layer] = {}
     says: list[Facts] = []
-    for name, candidates in _bands(item["assets"], request).items():
+    for name, candidates in _bands(item["assets"], request, base).items():
         if wanted is None or name in wanted:
-            best = _best(name, candidates, request.strict)
+            best = _best(name, candidates, request.strict, base)
             layers[name] = _layer(best, base)
             says.append(_band_facts(best))
     source = str(item.get("id") or base or "the item")
@@ -126,13 +126,16 @@ def open_item(item: Mapping[str, Any], base: str | None, request: Request) -> Sc
 # --- assets -------------------------------------------------------------------------------------
 
 
-def _bands(assets: Mapping[str, Any], request: Request) -> dict[str, list[_Candidate]]:
+def _bands(
+    assets: Mapping[str, Any], request: Request, base: str | None
+) -> dict[str, list[_Candidate]]:
     """Candidates for each band."""
     found: dict[str, list[_Candidate]] = {}
     for key, value in assets.items():
         asset = _mapping(value)
         roles = asset.get("roles") or []
-        if not isinstance(asset.get("href"), str) or _NOT_DATA & set(map(str, roles)):
+        href = _href(asset, base)
+        if href is None or _NOT_DATA & set(map(str, roles)):
             continue
         described = _list(asset.get("bands")) or _list(asset.get("eo:bands"))
         several = len(described) > 1
@@ -147,18 +150,36 @@ def _bands(assets: Mapping[str, Any], request: Request) -> dict[str, list[_Candi
                 more = {**asset, **(raster[i] if i < len(raster) else {}), **band}
                 metres = more.get("gsd") or more.get("spatial_resolution") or 0.0
                 metres = metres if isinstance(metres, int | float) else 0.0
-                candidate = _Candidate(key, asset["href"], i + 1, float(metres), asset, more)
+                candidate = _Candidate(key, href, i + 1, float(metres), asset, more)
                 found.setdefault(match.name, []).append(candidate)
     return found
 
 
-def _best(name: str, candidates: list[_Candidate], strict: bool) -> _Candidate:
+def _href(asset: Mapping[str, Any], base: str | None) -> str | None:
+    """Where an asset is; another address that it gives, where that one is out of reach."""
+    href = asset.get("href")
+    if not isinstance(href, str):
+        return None
+    others = [_mapping(each).get("href") for each in _mapping(asset.get("alternate")).values()]
+    hrefs = [href, *(each for each in others if isinstance(each, str))]
+    return next((each for each in hrefs if _in_reach(each, base)), href)
+
+
+def _in_reach(href: str, base: str | None) -> bool:
+    """Whether geofm reads such an address: http(s), and files unless the item came from afar."""
+    scheme = urllib.parse.urlsplit(href).scheme.lower()
+    # One letter is a drive.
+    if len(scheme) < 2 or scheme in ("http", "https"):
+        return True
+    return scheme == "file" and not (base is not None and is_remote(base))
+
+
+def _best(name: str, candidates: list[_Candidate], strict: bool, base: str | None) -> _Candidate:
     """The finest candidate that can be read."""
 
     def rank(candidate: _Candidate) -> tuple[bool, bool, float]:
-        scheme = urllib.parse.urlsplit(candidate.href).scheme
         pixels = _resolution(candidate)
-        return scheme not in ("", "http", "https", "file"), pixels == 0, pixels
+        return not _in_reach(candidate.href, base), pixels == 0, pixels
 
     ordered = sorted(candidates, key=rank)
     if len(ordered) > 1 and strict and rank(ordered[0]) == rank(ordered[1]):
@@ -206,11 +227,12 @@ def _locate(href: str, base: str | None) -> str:
         return href
     if scheme == "file" and not remote:
         return urllib.request.url2pathname(urllib.parse.urlsplit(href).path)
-    # One letter is a drive.
-    if len(scheme) > 1:
+    if not _in_reach(href, base):
         raise RasterError(
-            f"the asset {shown(href)} is at {scheme}://, and geofm reads files and http(s) only. "
-            f"Many catalogues have an https address beside it (alternate, or a signed one)"
+            f"the asset {shown(href)} is at {scheme}://, and geofm reads files (of a remote item: "
+            f"none of this machine) and http(s) only; the item gives no other address that it "
+            f"reads (alternate). Take the item from a catalogue with https addresses, or fetch "
+            f"the files and open their folder"
         )
     if remote:
         joined = urllib.parse.urljoin(str(base), href)
@@ -231,14 +253,11 @@ def _locate(href: str, base: str | None) -> str:
 
 def _classes(assets: Mapping[str, Any], base: str | None) -> Layer | None:
     for key, value in assets.items():
-        asset = _mapping(value)
-        if re.split(r"[_\-]", str(key).lower())[0] != "scl" or not isinstance(
-            asset.get("href"), str
-        ):
+        href = _href(_mapping(value), base)
+        if re.split(r"[_\-]", str(key).lower())[0] != "scl" or href is None:
             continue
-        if urllib.parse.urlsplit(asset["href"]).scheme not in ("", "http", "https", "file"):
-            continue
-        return layers_of(_locate(asset["href"], base))[0]
+        if _in_reach(href, base):
+            return layers_of(_locate(href, base))[0]
     return None
 
 
@@ -290,7 +309,8 @@ def _offset(properties: Mapping[str, Any], says: list[Facts], named: Facts) -> f
         logger.warning(
             "the item says its offset of %g is still in the pixels (boa_offset_applied: false). "
             "Earth Search is known to say so of some files whose offset was removed: if dark "
-            "pixels are below 1000, say open_scene(..., offset=0, strict=False)",
+            "pixels are below 1000, say open_scene(..., offset=0, strict=False), or on the command "
+            "line --offset 0 --no-strict",
             declared,
         )
     return declared

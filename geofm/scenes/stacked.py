@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from geofm.errors import BandError, PixelError
-from geofm.scenes.files import Layer, layers_of, reading
+from geofm.scenes.files import Layer, layers_of, reading, shown
 from geofm.scenes.grids import Request, assemble
 from geofm.scenes.names import Facts, date_of, facts_of_name
-from geofm.scenes.scene import Scene
+from geofm.scenes.scene import SCL, Scene
 
-__all__ = ["open_stacked", "scaling"]
+__all__ = ["facts_of_stack", "open_stacked", "scaling"]
 
 _REFLECTANCE_OF_DN = 1e-4
 
@@ -33,7 +34,7 @@ def open_stacked(path: str, request: Request) -> Scene:
     layers = layers_of(path, any_driver=True)
     names = _names(path, layers, request)
     known = {}
-    classes = None
+    classes, kind = None, SCL
     strange = []
     for name, layer in zip(names, layers, strict=True):
         band = request.sensor.find(name)
@@ -42,7 +43,7 @@ def open_stacked(path: str, request: Request) -> Scene:
                 raise BandError(f"{path} has {band.name} twice; name its bands with bands=[...]")
             known[band.name] = layer
         elif name.lower() in ("scl", "cloud_mask"):
-            classes = layer
+            classes, kind = layer, SCL if name.lower() == "scl" else "cloud_mask"
         else:
             strange.append(name)
     if strange and request.strict:
@@ -50,9 +51,34 @@ def open_stacked(path: str, request: Request) -> Scene:
             f"{path} has bands that are not of {request.sensor.name}: {', '.join(strange)}; say "
             f"strict=False to leave them out, or give sensor="
         )
-    facts = _tags(path).filled(_scaled(known)).filled(facts_of_name(Path(path).name))
+    scales = {(layer.scale, layer.offset) for layer in known.values()}
+    if len(scales) > 1:
+        raise PixelError(f"the bands declare different scales and offsets: {sorted(scales)}")
+    with reading(path) as rasterio, rasterio.open(path) as file:
+        facts = facts_of_stack(path, file.tags(), scales)
     # The caller's names are the file's; there is nothing to choose.
-    return assemble(known, facts, replace(request, bands=None), path, classes)
+    return assemble(known, facts, replace(request, bands=None), path, classes, kind)
+
+
+def facts_of_stack(
+    path: str, tags: Mapping[str, str], scales: Iterable[tuple[float, float]]
+) -> Facts:
+    """What a file with all bands says of its pixels: its tags, its scales, and its name.
+
+    Args:
+        path: Path or address.
+        tags: The file's; ``LEVEL`` and ``DATE`` are as `geofm.datasets.samples.write_scene` writes
+            them.
+        scales: Declared scale and offset of each band; where they differ, they say nothing.
+
+    Returns:
+        Level, date, units and offset, as far as they are known.
+    """
+    pairs = set(scales)
+    scale, offset = pairs.pop() if len(pairs) == 1 else (None, None)
+    # An offset of 0 is also what a file without one has.
+    declared = scaling(scale, offset or None)
+    return _tagged(tags).filled(declared).filled(facts_of_name(Path(shown(path)).name))
 
 
 def scaling(scale: float | None, offset: float | None) -> Facts:
@@ -93,21 +119,7 @@ def _names(path: str, layers: tuple[Layer, ...], request: Request) -> list[str]:
     return list(bands)
 
 
-def _scaled(layers: dict[str, Layer]) -> Facts:
-    """What the file's own scales say; an offset of 0 is also what a file without one has."""
-    pairs = {(layer.scale, layer.offset) for layer in layers.values()}
-    if len(pairs) != 1:
-        if len(pairs) > 1:
-            raise PixelError(f"the bands declare different scales and offsets: {sorted(pairs)}")
-        return Facts()
-    scale, offset = pairs.pop()
-    return scaling(scale, offset or None)
-
-
-def _tags(path: str) -> Facts:
-    """Level and date, as `geofm.datasets.samples.write_scene` writes them."""
-    with reading(path) as rasterio, rasterio.open(path) as file:
-        tags = file.tags()
+def _tagged(tags: Mapping[str, str]) -> Facts:
     level = tags.get("LEVEL")
     if level not in ("L1C", "L2A"):
         return Facts()

@@ -21,7 +21,7 @@ from geofm.datasets.observations import (
 )
 from geofm.embeddings.grids import Grid
 from geofm.errors import BandError, MissingExtraError, PixelError, RasterError
-from geofm.raster.sources import rasterio_module
+from geofm.raster.sources import crs_as_wkt
 from geofm.raster.windows import Axis
 
 if TYPE_CHECKING:
@@ -60,7 +60,15 @@ class Cube:
                 f"monthly images are an xarray.DataArray, got {type(monthly).__name__}"
             )
         _check_dims(monthly)
-        indices, _ = band_indices(bands, _band_names(monthly), "the model")
+        names = _band_names(monthly)
+        try:
+            indices, _ = band_indices(bands, names, "the model")
+        except BandError as error:
+            raise BandError(
+                f"{error}. To let another band stand in is your choice, made in the array; B8 for "
+                f"B8A: xr.concat([monthly, monthly.sel(band=['B8']).assign_coords(band=['B8A'])], "
+                f"'band')"
+            ) from error
         order = np.asarray(_month_order(monthly))
         self.array = monthly.transpose("month", "band", "y", "x")[order, indices]
         fill = monthly.attrs.get("_FillValue")
@@ -240,15 +248,7 @@ def _crs(monthly: Any, given: Any) -> str | None:
         given = _declared_crs(monthly)
         if given is None:
             return None
-    rasterio = rasterio_module()
-    try:
-        system = importlib.import_module("rasterio.crs").CRS.from_user_input(given)
-    except rasterio.errors.CRSError as error:
-        raise RasterError(
-            f"{str(given)[:80]!r} is no coordinate reference system: {error}"
-        ) from error
-    wkt: str = system.to_wkt()
-    return wkt
+    return crs_as_wkt(given)
 
 
 def _declared_crs(monthly: Any) -> Any:

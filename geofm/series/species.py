@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from geofm.embeddings.colours import NO_DATA, colour_of
+from geofm.colours import NO_DATA, colour_of
 from geofm.embeddings.geoparquet import pyarrow_modules
 from geofm.embeddings.grids import Grid
 from geofm.embeddings.rasters import write_band
 from geofm.errors import RasterError
 from geofm.predictions import Prediction
-from geofm.raster.cog import Layout, raw_to_cog, written
+from geofm.raster.cog import Layout, NotWrittenError, raw_to_cog, written
 from geofm.series.pixels import PixelClassifier, Species
 from geofm.series.points import write_points
 from geofm.series.sites import Given
@@ -271,8 +271,9 @@ def _write(made: SpeciesMap, cells: Path) -> None:
                 classes=["no data", *(taxon.species for taxon in taxa)],
             )
     except (RasterError, OSError) as error:
+        reason = error.reason if isinstance(error, NotWrittenError) else error
         raise RasterError(
-            f"cannot write {made.path} and {made.probabilities}: {error.__cause__ or error}. "
+            f"cannot write {made.path} and {made.probabilities}: {reason}. "
             f"Neither is written, and nothing is kept of what was computed; see that the disk has "
             f"room, and run it again"
         ) from error
