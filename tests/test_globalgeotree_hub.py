@@ -122,6 +122,20 @@ def test_every_epoch_has_all_samples_in_another_order_the_same_for_one_seed(
     assert ids(take(GlobalGeoTreeStream(shards, block=4, epoch=1), 2 * ALL)) == seen[ALL:]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_counts_what_it_left_out_over_its_workers(
+    shards: list[Path], tmp_path: Path, workers: int
+) -> None:
+    cut = tmp_path / "cut.tar"
+    cut.write_bytes(shards[2].read_bytes()[: shards[2].stat().st_size // 2])
+    stream = GlobalGeoTreeStream([shards[0], cut], block=4, errors="skip")
+    assert stream.report.counts == {}
+    for _ in zip(range(8), DataLoader(stream, 5, num_workers=workers), strict=False):
+        pass
+    assert stream.report.counts["truncated tar"] >= 2
+    assert str(cut) in stream.report.examples["truncated tar"][0]
+
+
 def test_samples_of_several_shards_are_mixed(shards: list[Path]) -> None:
     near = [len({k[0] for k in w}) for w in _windows(ids(take(GlobalGeoTreeStream(shards), ALL)))]
     assert np.mean(near) > 2

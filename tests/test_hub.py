@@ -378,9 +378,11 @@ def test_the_beginning_of_a_hash_is_verified_and_the_whole_recorded(
     host: FileHost, home: Path
 ) -> None:
     card = url_card(host.url(PATH), sha256(CONTENT)[:8])
+    assert hub.file_sha256(card) is None
     assert same(hub.load_card_weights(card), DENSE)
     (record,) = (home / "hashes").iterdir()
     assert json.loads(record.read_text())["sha256"] == sha256(CONTENT)
+    assert hub.file_sha256(card) == sha256(CONTENT)
 
 
 def test_a_record_that_contradicts_the_card_is_not_believed(host: FileHost) -> None:

@@ -8,6 +8,7 @@ import math
 import pickle
 import shutil
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +341,40 @@ def test_samples_of_a_batch_share_memory(pristine: Path) -> None:
     assert storages[0] == storages[1]
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_threads_read_what_one_reads_after_the_other(
+    pristine: Path, tmp_path: Path, packed: bool
+) -> None:
+    path = pristine if packed else unpack_mmearth(pristine, tmp_path / "raw.h5")
+    dataset = MMEarth(path, split=None)
+    with ThreadPoolExecutor(8) as pool:
+        # The file is opened by whichever thread comes first.
+        together = [list(pool.map(dataset.__getitem__, range(N))) for _ in range(8)]
+    alone = MMEarth(path, split=None).__getitems__(range(N))
+    for samples in together:
+        assert all(equal(a, b) for a, b in zip(samples, alone, strict=True))
+
+
+@pytest.mark.parametrize("index", [slice(0, 2), "a", 1.0, None])
+def test_what_is_no_number_of_a_sample_is_explained(pristine: Path, index: Any) -> None:
+    with pytest.raises(TypeError, match="index must be a whole number, got"):
+        MMEarth(pristine, split=None)[index]
+
+
+def test_a_string_is_no_list_of_names(pristine: Path) -> None:
+    with pytest.raises(MMEarthFormatError, match=r"modalities=\['sentinel2', 'era5'\]"):
+        MMEarth(pristine, modalities="sentinel2, era5")
+    with pytest.raises(geofm.BandError, match=r"got the string 'B2'; write bands=\['B2'\]"):
+        MMEarth(pristine, bands="B2")
+
+
+def test_a_truncated_file_says_what_to_do(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(MMEarthFormatError, match="fetch it again"):
+        MMEarth(path)
+
+
 @pytest.mark.parametrize("index", [N, -N - 1])
 def test_an_index_out_of_range_is_an_index_error(pristine: Path, index: int) -> None:
     with pytest.raises(IndexError, match=f"index {index} of {N}"):
@@ -511,6 +546,8 @@ def test_a_damaged_tile_can_be_delivered_as_missing(
     assert dataset.report.unreadable == ("3_000004",)
     assert dataset.report.read == N - 1
     assert str(dataset.report) == f"{N - 1} tiles read; 1 unreadable: 3_000004"
+    assert dataset.report.counts == {"unreadable": 1}
+    assert dataset.report.examples == {"unreadable": ["3_000004"]}
     if not workers:
         assert "sentinel1 of tile 3_000004" in caplog.text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from timm.models import FeatureInfo, group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import nn
+from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import geofm
 from geofm.models.grn import grn_linear
@@ -115,6 +117,82 @@ def test_gradients_in_half_precision_are_near_the_full_ones(dtype: torch.dtype) 
         # The norm's bias, whose gradient is a difference of large numbers, is left out.
         if name not in ("norm.weight", "norm.bias"):
             assert (a - b).norm() < 0.05 * a.norm(), name
+
+
+def _plain_grn_linear(
+    hidden: torch.Tensor,
+    gamma: torch.Tensor,
+    beta: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> torch.Tensor:
+    response = hidden.square().sum((1, 2), keepdim=True).sqrt()
+    scaled = hidden * response / (response.mean(-1, keepdim=True) + 1e-6)
+    return F.linear(gamma * scaled + beta + hidden, weight, bias)
+
+
+@pytest.mark.parametrize("outputs", [2, 8])
+def test_torch_func_takes_the_folded_grn_apart(outputs: int) -> None:
+    torch.manual_seed(0)
+    shapes = [(2, 3, 3, 6), (6,), (6,), (outputs, 6), (outputs,)]
+    inputs = tuple(torch.randn(shape, dtype=torch.double) for shape in shapes)
+
+    def ours(*tensors: torch.Tensor) -> torch.Tensor:
+        return grn_linear(*tensors, eps=1e-6).square().sum()  # type: ignore[misc]
+
+    def theirs(*tensors: torch.Tensor) -> torch.Tensor:
+        return _plain_grn_linear(*tensors).square().sum()
+
+    def of_each(function: Callable[..., torch.Tensor]) -> torch.Tensor:
+        return vmap(grad(lambda hidden: function(hidden[None], *inputs[1:])))(inputs[0])
+
+    torch.testing.assert_close(of_each(ours), of_each(theirs))
+    for number in range(5):
+        torch.testing.assert_close(hessian(ours, number)(*inputs), hessian(theirs, number)(*inputs))
+    tangents = tuple(torch.randn_like(value) for value in inputs)
+    torch.testing.assert_close(jvp(ours, inputs, tangents), jvp(theirs, inputs, tangents))
+
+
+def test_gradients_of_single_samples_add_up_to_those_of_the_batch() -> None:
+    torch.manual_seed(0)
+    model = MPMAE(in_chans=2, depths=(1, 1, 1, 1), dims=(4, 4, 8, 8)).eval().double()
+    for name, parameter in model.named_parameters():
+        if "grn" in name:
+            nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(2, 2, 56, 56, dtype=torch.double)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters: dict[str, torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, parameters, (sample[None],)).square().sum()
+
+    each = vmap(grad(loss), (None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for name, parameter in parameters.items():
+        if parameter.grad is not None:
+            torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-6, atol=1e-8)
+    features = model(x)
+    torch.testing.assert_close(vmap(lambda sample: model(sample[None])[0])(x), features)
+    found, moved = jvp(model, (x,), (x,))
+    torch.testing.assert_close(found, features)
+    step = 1e-6
+    expected = (model(x + step * x) - model(x - step * x)) / (2 * step)
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_of_a_silent_channel_are_finite() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 3, 3, 6, dtype=torch.double)
+    hidden[..., 3], hidden[1] = 0, 0
+    others = [torch.randn(shape, dtype=torch.double) for shape in [(6,), (6,), (8, 6), (8,)]]
+
+    def loss(hidden: torch.Tensor) -> torch.Tensor:
+        return grn_linear(hidden, *others, eps=1e-4).square().sum()  # type: ignore[misc]
+
+    hidden.requires_grad_()
+    (first,) = torch.autograd.grad(loss(hidden), hidden, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), hidden)
+    assert second.isfinite().all()
+    assert hessian(loss)(hidden.detach()).isfinite().all()
 
 
 def test_torchscript_and_traces_match() -> None:

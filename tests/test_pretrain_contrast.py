@@ -391,6 +391,13 @@ def test_what_cannot_be_is_refused() -> None:
         learner(arguments={"bands": ["B2"]})
     with pytest.raises(ModelError, match="num_classes: contrastive learning needs"):
         SeasonContrast("ssl4eco_resnet18", arguments={"num_classes": 3})
+    named = SeasonContrast("ssl4eco_resnet18", queue=4, projection=4)
+    with pytest.raises(ModelError, match="ssl4eco_resnet18 takes 9 bands, the images have 3"):
+        named.step(*(lambda x: (x, [x, x, x]))(tiles()[:, 0]))
+    with pytest.raises(ModelError, match=r"takes 9 bands.*data\.options\.bands"):
+        named.check_batch({"image": tiles(1)})
+    with pytest.raises(PixelError, match="one or more samples"):
+        learner()({"image": tiles()[:0]})
     with pytest.raises(PixelError, match="at least 3 seasons"):
         learner()({"image": tiles()[:, :2]})
     with pytest.raises(PixelError, match="lacks a tensor 'image'; it has id"):

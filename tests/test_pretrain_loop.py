@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +349,83 @@ def test_what_is_no_method_is_refused(tmp_path: Path) -> None:
     content = toy.content() | {"method": "mpmea"}
     with pytest.raises(RecipeError, match="none of mpmae, seco, moco, clip"):
         pretrain(read_recipe(content), tmp_path)
+
+
+def test_a_reader_that_fails_ends_the_run_with_its_message_alone(tmp_path: Path) -> None:
+    file = tmp_path / "toy.yaml"
+    # Samples are long, so that the other reader is at work when the first one fails.
+    content = toy.content(pause=0.1, broken=23)
+    content["data"]["workers"] = 2
+    file.write_text(json.dumps(content))
+    command = [sys.executable, "-m", "geofm", "pretrain", str(file), "-o", str(tmp_path / "run")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    # Without an end of the readers it would wait for them for ever.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "geofm: error: tile-23 cannot be read: broken disk"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_readers_end_with_the_batches(workers: int) -> None:
+    feed = MapFeed(toy.ToyData(), plan(), workers, False)
+    batches = feed.batches(0, 10)
+    next(batches)
+    assert len(multiprocessing.active_children()) >= workers
+    before = multiprocessing.active_children()
+    batches.close()
+    assert not any(process.is_alive() for process in before if "DataLoader" in repr(process))
+    assert not multiprocessing.active_children()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_where_no_scaler_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = loop.setup(recipe(), tmp_path, "auto", "test")
+    forward = torch.nn.Linear.forward
+    # A root of 0 is 0, its slope infinite; times 0, that is no number.
+    monkeypatch.setattr(
+        torch.nn.Linear,
+        "forward",
+        lambda self, x: forward(self, x) + (0 * self.weight.sum()).sqrt(),
+    )
+    # As a machine without a GPU makes of 16-mixed: what counts is the scaler.
+    run.recipe = dataclasses.replace(
+        run.recipe, train=dataclasses.replace(run.recipe.train, precision="16-mixed")
+    )
+    before = {name: value.detach().clone() for name, value in run.method.named_parameters()}
+    batches = run.feed.batches(0, 1)
+    with closing(batches), pytest.raises(NonFiniteLossError, match="grad"):
+        loop.train_step(run, batches)
+    for name, value in run.method.named_parameters():
+        assert torch.equal(value, before[name])
+
+
+def test_checkpoints_that_are_all_damaged_are_an_error_that_deletes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped_after(10, tmp_path)
+    for path in checkpoints_in(tmp_path).values():
+        path.write_bytes(b"")
+    log = (tmp_path / "log.csv").read_text()
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints in .* damaged.*another folder"):
+        pretrain(recipe(), tmp_path)
+    assert (tmp_path / "log.csv").read_text() == log
+    assert "going on" not in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_was_skipped_is_told_at_the_end(
+    workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = toy.content(skipped=[3, 17])
+    content["data"]["workers"] = workers
+    content["train"]["epochs"] = 1
+    pretrain(read_recipe(content), tmp_path)
+    (told,) = [r.getMessage() for r in caplog.records if "data left out" in r.getMessage()]
+    assert "2 x unreadable, for example: tile-" in told
+    assert "1 x too few dates" in told
+    assert caplog.records[-1].levelname == "WARNING"
 
 
 # --- outputs ------------------------------------------------------------------------------------

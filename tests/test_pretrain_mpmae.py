@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PARITY, _fill, parity
+from torch.func import grad, hessian, jvp, vmap
 
 import geofm
 from geofm.pretrain import MODALITIES, MaskedAutoencoder, Modality
@@ -19,6 +20,7 @@ from geofm.pretrain.mpmae import BANDS
 from geofm.pretrain.pretext import UncertaintyWeighting, means, summary
 from geofm.pretrain.visible import Visible
 
+WIDTH = {"decoder_dim": 32}
 TINY = {"decoder_dim": 32, "modalities": ["sentinel2", "month"]}
 
 
@@ -276,6 +278,102 @@ def test_a_process_that_knows_nothing_of_a_modality_counts_its_weight(
     torch.testing.assert_close(weighting.log_vars.grad, 1 - losses * math.exp(-0.5))
 
 
+@pytest.mark.parametrize("missing", ["zero", "exclude"])
+def test_infinities_are_as_unknown_as_nan(missing: str) -> None:
+    summaries = {"name": "what", "kind": "summary", "channels": 12, "source": "sentinel2"}
+    modalities = ["sentinel2", "sentinel1", "era5", "lat", summaries]
+    method = MaskedAutoencoder(
+        "mpmae_atto",
+        modalities=modalities,
+        decoder_dim=32,
+        missing=missing,  # type: ignore[arg-type]
+    ).eval()
+    _shake(method)
+    mask, found = method.random_mask({"draw": [1, 2, 3]}, 3, 7), []
+    for unknown in (math.nan, math.inf, -math.inf):
+        batch = tile_batch()
+        for name in ("sentinel2", "sentinel1"):
+            batch[name][:, 1, 10:30] = unknown
+            batch[name][1] = unknown
+        batch["era5"][:, 4], batch["lat"][0] = unknown, unknown
+        with torch.no_grad():
+            found.append(method(batch, mask))
+    for losses in found:
+        for name, value in losses.items():
+            assert value.isfinite(), name
+            torch.testing.assert_close(value, found[0][name])
+
+
+def test_a_model_of_three_bands_predicts_these_three() -> None:
+    rgb = MaskedAutoencoder(
+        "mpmae_atto", input_bands=["B2", "B3", "B4"], modalities=["sentinel2", "era5"], **WIDTH
+    )
+    batch = tile_batch(2)
+    batch["sentinel2"] = batch["sentinel2"][:, 1:4]
+    losses = rgb(batch)
+    assert losses["sentinel2"] > 0
+    assert rgb.pred_dict["sentinel2"].weight.shape[0] == 64 * 3
+    assert rgb.export().arguments["in_chans"] == 3
+    # Two of three bands seen, all three predicted.
+    some = MaskedAutoencoder(
+        "mpmae_atto",
+        input_bands=["B2", "B3", "B4"],
+        bands=["B4"],
+        modalities=["sentinel2"],
+        **WIDTH,
+    )
+    assert some(batch)["sentinel2"] > 0
+    with pytest.raises(geofm.ModelError, match=r"sentinel2 has 3 bands, expected 12.*input_bands="):
+        MaskedAutoencoder("mpmae_atto", **TINY)(batch)
+    other = MaskedAutoencoder("mpmae_atto", modalities=["sentinel1"], **WIDTH)
+    with pytest.raises(
+        geofm.ModelError, match=r"\{name: sentinel1, kind: pixels, channels: \.\.\.\}"
+    ):
+        other({**tile_batch(2), "sentinel1": torch.zeros(2, 2, 56, 56)})
+
+
+def test_a_published_state_loads_into_some_of_its_modalities() -> None:
+    published = MaskedAutoencoder("mpmae_atto", decoder_dim=32)
+    state = published.state_dict()
+    state["loss_fn.log_vars"] = torch.arange(12.0)
+    state = {
+        key.replace("decoder.", "decoder_dict.sentinel2."): value for key, value in state.items()
+    }
+    other = {"name": "other", "kind": "vector", "channels": 1}
+    some = MaskedAutoencoder("mpmae_atto", modalities=["month", "sentinel1", other], decoder_dim=32)
+    torch.nn.init.constant_(some.loss_fn.log_vars, -1.0)
+    found = some.load_state_dict(dict(state), strict=False)
+    assert some.loss_fn.log_vars.tolist() == [10, 1, -1]
+    assert set(found.missing_keys) == {"pred_dict.other.weight", "pred_dict.other.bias"}
+    # Its own order of twelve is its own business where the state is not the published one.
+    turned = MaskedAutoencoder("mpmae_atto", modalities=[*MODALITIES][::-1], decoder_dim=32)
+    turned.load_state_dict(dict(state))
+    assert turned.loss_fn.log_vars.tolist() == list(range(12))[::-1]
+    again = MaskedAutoencoder("mpmae_atto", modalities=[*MODALITIES][::-1], decoder_dim=32)
+    again.load_state_dict(turned.state_dict())
+    assert again.loss_fn.log_vars.tolist() == list(range(12))[::-1]
+
+
+def test_a_class_outside_its_legend_is_an_error_that_names_both() -> None:
+    method = MaskedAutoencoder("mpmae_atto", modalities=["dynamic_world"], decoder_dim=32)
+    batch = tile_batch(2)
+    batch["dynamic_world"][0, 0, 5, 5] = 255
+    words = "dynamic_world holds class 255, expected 0 to 8, or -1"
+    with pytest.raises(geofm.ModelError, match=words):
+        method(batch)
+    with pytest.raises(geofm.ModelError, match=words):
+        method.check_batch(batch)
+
+
+def test_a_batch_of_nothing_is_an_error() -> None:
+    method = MaskedAutoencoder("mpmae_atto", **TINY)
+    empty = {name: value[:0] for name, value in tile_batch(2).items()}
+    with pytest.raises(geofm.ModelError, match="N at least 1"):
+        method(empty)
+    with pytest.raises(geofm.ModelError, match="no sample"):
+        method.encode(empty["sentinel2"], torch.zeros(0, 49))
+
+
 def test_excluded_pixels_leave_the_mean_over_the_others() -> None:
     target = torch.randn(2, 1, 56, 56)
     shown = [Modality("height", "pixels", 1)]
@@ -374,6 +472,9 @@ def test_a_subset_of_bands_and_targets_trains() -> None:
     [
         ({"modalities": ["sentinel3"]}, "unknown modality 'sentinel3'"),
         ({"modalities": []}, "at least one"),
+        ({"modalities": "sentinel2"}, r"got the string 'sentinel2'; write modalities="),
+        ({"bands": "B2,B3"}, r"write bands=\['B2', 'B3'\]"),
+        ({"input_bands": "B2"}, r"write input_bands=\['B2'\]"),
         ({"modalities": [Modality("values", "pixels", 1)]}, "cannot name a modality"),
         ({"bands": ["B4", "B10"]}, "B10: the input has B1"),
         ({"modalities": ["month"], "tile_targets": "encoder"}, "nothing to decode"),
@@ -458,3 +559,22 @@ def test_gradients_of_the_depthwise_convolution_are_torchs(
     found = torch.autograd.grad((ours * weights_of_loss).sum(), (x, weight))
     expected = torch.autograd.grad((theirs * weights_of_loss).sum(), (x, weight))
     torch.testing.assert_close(found, expected)
+
+
+def test_torch_func_takes_the_depthwise_convolution_apart() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 9, 9).double(), torch.randn(3, 1, 7, 7).double()
+
+    def ours(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return depthwise(x[None], weight).square().sum()
+
+    def theirs(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(x[None], weight, padding=3, groups=3).square().sum()
+
+    for number in (0, 1):
+        each = [vmap(grad(f, number), (None, 0))(weight, x) for f in (ours, theirs)]
+        torch.testing.assert_close(*each)
+        second = [hessian(f, number)(weight, x[0]) for f in (ours, theirs)]
+        torch.testing.assert_close(*second)
+    tangents = (torch.randn_like(weight), torch.randn_like(x[0]))
+    torch.testing.assert_close(*(jvp(f, (weight, x[0]), tangents) for f in (ours, theirs)))

@@ -12,11 +12,14 @@ import pytest
 import toy_pretraining as toy
 
 from geofm.cli import main
+from geofm.datasets.mmearth_samples import write_mmearth
 from geofm.errors import GeofmError
 from geofm.pretrain import MODALITIES
+from geofm.pretrain.devices import check_devices
 from geofm.pretrain.dry_run import describe
 from geofm.pretrain.export import build_method
 from geofm.pretrain.feed import open_data
+from geofm.pretrain.loop import setup
 from geofm.pretrain.plan import learning_rate, plan_for
 from geofm.pretrain.recipe import (
     RecipeError,
@@ -172,10 +175,85 @@ def test_a_dry_run_tells_steps_and_memory_and_writes_nothing(
 
 def test_samples_that_cannot_be_generated_so_are_an_error(tmp_path: Path) -> None:
     recipe = load_recipe("mpmae_atto_mmearth64", ["data.generate={number: 3}"], quick=True)
+    with pytest.raises(
+        RecipeError, match=r"unknown key data\.generate\.number.*data\.generate\.n,"
+    ):
+        open_data(recipe.data, tmp_path)
+    recipe = load_recipe("mpmae_atto_mmearth64", ["data.generate={n: many}"], quick=True)
     with pytest.raises(RecipeError, match=r"data\.generate .* does not suit mmearth"):
         open_data(recipe.data, tmp_path)
     with pytest.raises(RecipeError, match="no writer of samples of toy_pretraining:ToyData"):
         open_data(replace(recipe.data, kind="toy_pretraining:ToyData"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("model.patchsize=8", "unknown key model.patchsize; did you mean patch_size"),
+        ("data.options.splitt=val", "unknown key data.options.splitt; did you mean split"),
+        ("model.modalities=sentinel2", "modalities must be a list of names, got the string"),
+        ("model.bands=B2", "bands must be a list of names, got the string 'B2'"),
+        ("data.options.modalities=sentinel2", "modalities must be a list of names"),
+        ("data.options.bands=B2", "bands must be a list of names, got the string 'B2'"),
+        ("model.modalities=[{name: a, kind: pixel, channels: 2}]", "kind of modality 'a' must be"),
+        ("model.modalities=[{name: a, knid: pixels}]", "unknown field knid; did you mean kind"),
+        ("model.modalities=[{name: a, kind: pixels}]", "lacks channels"),
+        ("data.options.modalities=[sentinel2]", "lacks the modality"),
+        ("model.size=72", r"64×64 px are smaller than the crop of 72 px"),
+        ("data.options.bands=[B2, B3, B4]", r"sentinel2 has 3 bands, expected 12.*input_bands="),
+    ],
+)
+def test_a_recipe_that_cannot_run_is_refused_before_anything_is_written(
+    override: str, problem: str, tmp_path: Path, made: Path
+) -> None:
+    pytest.importorskip("lightning_fabric")
+    words = [f"data.path={made}", "data.generate=null", override]
+    recipe = load_recipe("mpmae_atto_mmearth64", words, quick=True)
+    with pytest.raises(GeofmError, match=problem):
+        describe(recipe)
+    with pytest.raises(GeofmError, match=problem):
+        setup(recipe, tmp_path / "run", "auto", "test")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("h5py")
+    return write_mmearth(tmp_path_factory.mktemp("made"), n=48)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.strategy=fsdp", "train.strategy=fsdp needs GPUs"),
+        ("train.accelerator=cuda", "train.accelerator=cuda needs a GPU"),
+        ("train.precision=16-mixed", "train.precision=16-mixed needs a GPU"),
+    ],
+)
+def test_what_needs_a_gpu_is_refused_without_one_and_told_by_a_dry_run(
+    override: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lightning_fabric")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = load_recipe("mpmae_atto_mmearth64", [override], quick=True)
+    with pytest.raises(RecipeError, match=problem):
+        setup(recipe, tmp_path / "run", "auto", "test")
+    assert not (tmp_path / "run").exists()
+    elsewhere = load_recipe("mpmae_atto_mmearth64", [override])
+    assert f"# this machine cannot run it: {problem}" in describe(elsewhere)
+
+
+def test_fewer_gpus_than_processes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    check_devices(load_recipe("mpmae_atto_mmearth64", ["train.devices=2"]))
+    check_devices(load_recipe("mpmae_atto_mmearth64", ["train.precision=16-mixed"]))
+    with pytest.raises(RecipeError, match="4 processes on this machine need as many GPUs"):
+        check_devices(load_recipe("mpmae_atto_mmearth64", ["train.devices=4"]))
+    words = ["train.accelerator=cpu", "train.strategy=fsdp"]
+    recipe = load_recipe("mpmae_atto_mmearth64", words)
+    with pytest.raises(RecipeError, match=r"with train\.accelerator=cpu"):
+        check_devices(recipe)
 
 
 def test_mmearth_recipes_read_what_they_train_on_and_no_more() -> None:

@@ -20,6 +20,7 @@ from geofm import create_transform
 from geofm.cards import published_cards
 from geofm.datasets import SSL4Eco, index_places, write_ssl4eco
 from geofm.datasets._geotiff import ImageError
+from geofm.datasets._report import SkipReport
 from geofm.datasets.phenology import (
     SeasonError,
     choose_scenes,
@@ -261,6 +262,41 @@ def test_a_place_with_one_usable_date_is_replaced_by_the_next_so_batches_stay_wh
     assert dataset[8]["id"] == "000000"
 
 
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_a_report_counts_what_all_workers_met(folder: Path, start: str) -> None:
+    spoilt = [images(folder, place)[0] for place in ("000002", "000007")]
+    for path in spoilt:
+        spoil(path, "unreadable")
+    dataset = SSL4Eco(folder, size=SIZE, errors="skip")
+    before = {"place with fewer than two images": 1}
+    assert dataset.report.counts == before
+    for passes in (1, 2):
+        loader = DataLoader(dataset, 2, num_workers=2, multiprocessing_context=start)
+        assert sum(len(batch["id"]) for batch in loader) == 9
+        assert dataset.report.counts == before | {"unreadable": 2 * passes}
+    assert all(
+        any(path.name in message for message in dataset.report.examples["unreadable"])
+        for path in spoilt
+    )
+
+
+def test_a_report_keeps_counting_where_messages_are_long() -> None:
+    report = SkipReport()
+    for number in range(60):
+        for turn in range(3):
+            report.add(f"reason {number}", f"{turn}" * 5000, log=False)
+    assert report.counts == {f"reason {number}": 3 for number in range(60)}
+    copied = pickle.loads(pickle.dumps(report))
+    copied.add("reason 0", "more", log=False)
+    assert (copied.counts["reason 0"], report.counts["reason 0"]) == (4, 3)
+
+
+@pytest.mark.parametrize("index", [slice(0, 2), "a"])
+def test_what_is_no_number_of_a_place_is_explained(published: Path, index: object) -> None:
+    with pytest.raises(TypeError, match="place must be a whole number, got"):
+        SSL4Eco(published, size=SIZE)[index]
+
+
 def test_a_disk_that_is_gone_is_an_error_even_when_skipping(folder: Path) -> None:
     dataset = SSL4Eco(folder, size=SIZE, errors="skip")
     shutil.rmtree(folder / "imgs")
@@ -290,7 +326,7 @@ def three_places(root: Path) -> Path:
 
 def test_bare_places_are_drawn_a_quarter_and_mountains_twice_as_often(tmp_path: Path) -> None:
     three_places(tmp_path)
-    with pytest.raises(DataNotFoundError, match="index_places"):
+    with pytest.raises(DataNotFoundError, match=r"import index_places; index_places\('/"):
         SSL4Eco(tmp_path, weights="published")
     index_places(tmp_path)
     weights = SSL4Eco(tmp_path, weights="published").weights

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from geofm.cards import InputSpec, Statistics
+from geofm.datasets._report import SkipReport
+from geofm.errors import GeofmError
 from geofm.factory import create_model
 from geofm.pretrain.method import Exported, Method, draws_of, random_of
 
@@ -42,12 +44,30 @@ class ToyMethod(Method):
         return Exported("mpmae_atto", {"in_chans": 2, "patch_size": 8, "img_size": 56}, zeros)
 
 
+class ToyError(GeofmError, OSError):
+    """A sample cannot be read."""
+
+
 class ToyData:
-    """Numbered samples; `nan` is the number of one that spoils the loss."""
+    """Numbered samples.
+
+    `nan` is the number of one that spoils the loss, `broken` of one that cannot be read, and
+    `skipped` are numbers of others that are counted as such.
+    """
 
     def __init__(
-        self, path: str | None = None, n: int = 40, nan: int = -1, pause: float = 0.0
+        self,
+        path: str | None = None,
+        n: int = 40,
+        nan: int = -1,
+        pause: float = 0.0,
+        broken: int = -1,
+        skipped: Sequence[int] = (),
     ) -> None:
+        self.broken, self.skipped = broken, set(skipped)
+        self.report = SkipReport()
+        if skipped:
+            self.report.add("too few dates", "tile-40", log=False)
         rng = np.random.default_rng(0)
         self.x = rng.normal(size=(n, 2)).astype(np.float32)
         self.y = (self.x[:, 0] * self.x[:, 1]).astype(np.float32)
@@ -63,6 +83,10 @@ class ToyData:
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         time.sleep(self.pause)
+        if self.broken in indices:
+            raise ToyError(f"tile-{self.broken} cannot be read: broken disk")
+        for index in self.skipped.intersection(indices):
+            self.report.add("unreadable", f"tile-{index}", log=False)
         return [{"id": f"tile-{i}", "x": self.x[i], "y": self.y[i]} for i in indices]
 
     def input_spec(self) -> InputSpec:

@@ -1,23 +1,18 @@
-"""What the data sets of GeoTIFFs share: opening files, and counting those that cannot be used."""
+"""What the data sets of GeoTIFFs share: opening files, and statistics of their pixels."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geofm.errors import GeofmError, MissingExtraError, RasterError
+from geofm.errors import MissingExtraError, RasterError
 
-__all__ = ["ImageError", "ImageReport", "Moments", "check_errors", "opened"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["ImageError", "Moments", "check_errors", "opened"]
 
 
 class ImageError(RasterError):
@@ -34,48 +29,6 @@ class ImageError(RasterError):
     def __reduce__(self) -> tuple[type[ImageError], tuple[str, str]]:
         # A DataLoader's worker sends it to the main process.
         return type(self), (str(self), self.reason)
-
-
-@dataclass
-class ImageReport:
-    """What was left out or replaced, in the process that read.
-
-    Attributes:
-        counts: How often, by reason.
-        examples: For each reason the first few messages, each naming a file or folder.
-    """
-
-    counts: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, list[str]] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return "; ".join(
-            f"{count} x {reason}, for example: {self.examples[reason][0]}"
-            for reason, count in self.counts.most_common()
-        )
-
-    def add(self, reason: str, example: str) -> None:
-        """Count one case.
-
-        Args:
-            reason: In a word or two.
-            example: A message that names the file.
-        """
-        self.counts[reason] += 1
-        examples = self.examples.setdefault(reason, [])
-        if len(examples) < 3:
-            examples.append(example)
-            # Also from a DataLoader's worker, whose counts nobody else sees.
-            logger.warning("left out: %s", example)
-
-    def add_error(self, error: GeofmError) -> None:
-        """Count what an error says.
-
-        Args:
-            error: An `ImageError`, counted by its reason, or another, counted by its class.
-        """
-        reason = error.reason if isinstance(error, ImageError) else type(error).__name__
-        self.add(reason, str(error))
 
 
 class Moments:

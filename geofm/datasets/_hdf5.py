@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ class RowFile:
     """An HDF5 file of arrays whose first axis is the row.
 
     It is opened when first read from, anew in each process: neither HDF5's state nor a file
-    position is shared with the process this one was forked from.
+    position is shared with the process this one was forked from. Threads may read at once, but not
+    while one closes it.
 
     Two layouts are read around HDF5's own machinery, whose cost for each call is larger than that
     of the data: uncompressed arrays, a run of neighbouring rows in one system call, and arrays of
@@ -90,7 +92,9 @@ class RowFile:
         self._file: Any = None
         self._descriptor = -1
         self._arrays: dict[str, _Array] = {}
-        self._room: dict[str, NDArray[Any]] = {}
+        self._opening = threading.Lock()
+        # Of each thread, as it may still work on the rows while another one reads.
+        self._own = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -123,10 +127,12 @@ class RowFile:
             OSError: It cannot be opened or is no HDF5.
         """
         if self._process != os.getpid():
-            self.close()
-            self._file = import_h5py().File(self.path, "r")
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-            self._process = os.getpid()
+            with self._opening:
+                if self._process != os.getpid():
+                    self.close()
+                    self._file = import_h5py().File(self.path, "r")
+                    self._descriptor = os.open(self.path, os.O_RDONLY)
+                    self._process = os.getpid()
         return self._file
 
     def read(self, name: str, rows: NDArray[np.int64]) -> tuple[NDArray[Any], dict[int, str]]:
@@ -137,16 +143,17 @@ class RowFile:
             rows: Ascending, without repetition.
 
         Returns:
-            The rows in the array's type, in memory that the next reading of this array uses again;
-            and for each one that cannot be read its position in `rows` and why. Its values are
-            undefined.
+            The rows in the array's type, in memory that this thread's next reading of this array
+            uses again; and for each one that cannot be read its position in `rows` and why. Its
+            values are undefined.
         """
         array = self._array(name)
         shape = array.dataset.shape[1:]
         # Fresh memory would cost more than filling it: the system has to clear every page first.
-        if name not in self._room or len(self._room[name]) < len(rows):
-            self._room[name] = np.empty((len(rows), *shape), array.dataset.dtype)
-        out = self._room[name][: len(rows)]
+        room: dict[str, NDArray[Any]] = self._own.__dict__.setdefault("room", {})
+        if name not in room or len(room[name]) < len(rows):
+            room[name] = np.empty((len(rows), *shape), array.dataset.dtype)
+        out = room[name][: len(rows)]
         failed: dict[int, str] = {}
         for start, stop in _runs(rows, 1 if array.by_row else len(rows)):
             try:

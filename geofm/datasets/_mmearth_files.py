@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from geofm.cards import LEVELS
 from geofm.datasets._hdf5 import import_h5py
 from geofm.errors import DataNotFoundError, GeofmError
+from geofm.spectral import refuse_string
 
 __all__ = [
     "KINDS",
@@ -153,8 +154,9 @@ def present(path: Path, file: Any, modalities: Sequence[str] | None) -> tuple[st
 
     Raises:
         DataNotFoundError: One that was asked for is not there.
-        MMEarthFormatError: There is none at all.
+        MMEarthFormatError: There is none at all, or a string was given.
     """
+    refuse_string(modalities or (), "modalities", MMEarthFormatError)
     found = [name for name in MODALITIES if name in file]
     if modalities is None:
         absent = [name for name in MODALITIES if name not in file]

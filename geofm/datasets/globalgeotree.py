@@ -60,6 +60,8 @@ logger = logging.getLogger(__name__)
 
 Paths = str | os.PathLike[str] | HubShard | Sequence[str | os.PathLike[str] | HubShard]
 
+# What samples are counted as that only running foreign code could rebuild.
+UNSAFE: Final = "unsafe pickle"
 _LEVELS: Final = ("level0", "level1_family", "level2_genus", "level3_species")
 
 
@@ -80,6 +82,11 @@ class ReadReport:
     examples: dict[str, list[str]] = field(default_factory=dict)
     absent: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def counts(self) -> Counter[str]:
+        """`skipped`, under the name that the reports of all data sets have."""
+        return self.skipped
+
     def __str__(self) -> str:
         parts = [f"{self.read} samples read, {self.skipped.total()} skipped"]
         parts += [
@@ -97,7 +104,7 @@ class ReadReport:
         Args:
             error: Why.
         """
-        reason = error.reason if isinstance(error, ShardError) else "unsafe pickle"
+        reason = error.reason if isinstance(error, ShardError) else UNSAFE
         self.skipped[reason] += 1
         examples = self.examples.setdefault(reason, [])
         if len(examples) < 3:

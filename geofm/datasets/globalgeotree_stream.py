@@ -22,8 +22,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from geofm.auxiliary import Variable, auxiliary_table
 from geofm.cards import published_cards
+from geofm.datasets._report import SkipReport
 from geofm.datasets._shards import ShardError, Share
 from geofm.datasets.globalgeotree import (
+    UNSAFE,
     Paths,
     ReadReport,
     divide,
@@ -33,7 +35,7 @@ from geofm.datasets.globalgeotree import (
 )
 from geofm.datasets.globalgeotree_hub import HUB, shards_at
 from geofm.datasets.observations import Observation, collate
-from geofm.errors import AuxiliaryError, DataNotFoundError, GeofmError
+from geofm.errors import AuxiliaryError, DataNotFoundError, GeofmError, UnsafeFileError
 
 __all__ = ["GlobalGeoTreeStream", "ResumeError"]
 
@@ -68,6 +70,20 @@ class _Point(NamedTuple):
     slot: int
 
 
+class _Counted(ReadReport):
+    """What reading a share came to, which counts for the stream as well."""
+
+    def __init__(self, everywhere: SkipReport) -> None:
+        super().__init__()
+        self.everywhere = everywhere
+
+    def add(self, error: ShardError | UnsafeFileError) -> None:
+        super().add(error)
+        # The share's own warning names them.
+        reason = error.reason if isinstance(error, ShardError) else UNSAFE
+        self.everywhere.add(reason, str(error), log=False)
+
+
 class GlobalGeoTreeStream(IterableDataset[Sample]):
     """Endless samples of GlobalGeoTree for a DataLoader, divided among ranks and workers.
 
@@ -97,9 +113,12 @@ class GlobalGeoTreeStream(IterableDataset[Sample]):
         variables: The environmental variables, in order; None for GeoTreeCLIP's. Values that cannot
             be in a variable's unit are errors.
         errors: ``"raise"``, or ``"skip"`` to leave out samples that cannot be read or used; the log
-            tells how many and why, shard by shard.
+            tells how many and why, shard by shard, and `report` all of them.
         rank: This process among those that train together; None to ask ``torch.distributed``.
         world_size: Their number; None to ask ``torch.distributed``.
+
+    Attributes:
+        report: What was left out, each time it was met, over all DataLoader workers: a `Report`.
 
     Raises:
         DataNotFoundError: A path does not exist. While reading: a process gets no sample at all
@@ -139,6 +158,7 @@ class GlobalGeoTreeStream(IterableDataset[Sample]):
         if world_size is None:
             world_size = torch.distributed.get_world_size() if grouped else 1
         self.world_size = world_size
+        self.report = SkipReport()
         self._points: dict[int, _Point] = {}
         self._n_workers: int | None = None
         self._next_worker = 0
@@ -271,7 +291,7 @@ class GlobalGeoTreeStream(IterableDataset[Sample]):
     def _numbered(self, k: int, part: _Part, first: int) -> Iterator[tuple[int, int, Sample]]:
         """Samples of the k-th share of a group, with their blocks and their places in them."""
         share = Share(part.shard, local(self.files[part.shard]), part.offset, part.step)
-        report = ReadReport()
+        report = _Counted(self.report)
         for observation in read_shards(
             share.path,
             auxiliary_names=[variable.name for variable in self.variables],

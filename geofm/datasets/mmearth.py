@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -24,6 +25,7 @@ from torch.utils.data import Dataset
 
 from geofm.cards import LEVELS, InputSpec, Statistics
 from geofm.datasets._hdf5 import RowFile
+from geofm.datasets._index import checked_index
 from geofm.datasets._mmearth_files import (
     KINDS,
     MODALITIES,
@@ -40,6 +42,7 @@ from geofm.datasets._mmearth_files import (
 )
 from geofm.datasets.mmearth_samples import write_mmearth
 from geofm.errors import BandError, GeofmError
+from geofm.spectral import refuse_string
 
 __all__ = [
     "BANDS",
@@ -63,6 +66,7 @@ Sample = dict[str, Any]
 BANDS: Final = tuple(band for band in STORED_BANDS if band != "B10")
 """Bands that are delivered where none are named: those of the published weights, in their order."""
 
+_EMPTY_WORDS: Final = "without Sentinel-2 data"
 _NOT_READ, _READ, _EMPTY, _UNREADABLE = range(4)
 
 
@@ -84,9 +88,21 @@ class TileReport:
     empty: tuple[str, ...]
     unreadable: tuple[str, ...]
 
+    @property
+    def counts(self) -> Counter[str]:
+        """How many tiles were missing in part or whole, by reason."""
+        lost = {_EMPTY_WORDS: len(self.empty), "unreadable": len(self.unreadable)}
+        return Counter({reason: count for reason, count in lost.items() if count})
+
+    @property
+    def examples(self) -> dict[str, list[str]]:
+        """The first few ids, by reason."""
+        lost = {_EMPTY_WORDS: self.empty, "unreadable": self.unreadable}
+        return {reason: list(ids[:3]) for reason, ids in lost.items() if ids}
+
     def __str__(self) -> str:
         parts = [f"{self.read} tiles read"]
-        for what, ids in (("without Sentinel-2 data", self.empty), ("unreadable", self.unreadable)):
+        for what, ids in ((_EMPTY_WORDS, self.empty), ("unreadable", self.unreadable)):
             if ids:
                 more = ", ..." if len(ids) > 3 else ""
                 parts.append(f"{len(ids)} {what}: {', '.join(ids[:3])}{more}")
@@ -166,7 +182,10 @@ class MMEarth(Dataset[Sample]):
         try:
             file = self._file.file()
         except OSError as error:
-            raise MMEarthFormatError(f"{self.path} cannot be opened as HDF5: {error}") from error
+            raise MMEarthFormatError(
+                f"{self.path} cannot be opened as HDF5: {error}. If it is an MMEarth file, it is "
+                f"truncated or damaged: fetch it again"
+            ) from error
         self.modalities = present(self.path, file, modalities)
         self.size = check_shapes(self.path, file, self.modalities)
         ids = tile_ids(self.path, file)
@@ -199,16 +218,13 @@ class MMEarth(Dataset[Sample]):
 
         Raises:
             IndexError: An index is out of range.
+            TypeError: An index is no whole number.
             TileReadError: A tile cannot be read and ``errors="raise"``.
         """
-        chosen = np.asarray(indices, np.int64)
+        count = len(self)
+        chosen = np.array([checked_index(i, count, "index") for i in indices], np.int64) % count
         if not chosen.size:
             return []
-        count = len(self)
-        wrong = chosen[(chosen < -count) | (chosen >= count)]
-        if wrong.size:
-            raise IndexError(f"index {wrong[0]} of {count} samples")
-        chosen = chosen % count
         # In the order of the file, each tile once.
         rows, first, place = np.unique(self.rows[chosen], return_index=True, return_inverse=True)
         tensors = self._read(rows, chosen[first])
@@ -394,6 +410,7 @@ def _legend(name: str, dtype: np.dtype[Any]) -> NDArray[np.int64]:
 
 
 def _bands(bands: Sequence[str] | None) -> tuple[str, ...]:
+    refuse_string(bands or (), "bands")
     chosen = BANDS if bands is None else tuple(bands)
     unknown = [band for band in chosen if band not in STORED_BANDS]
     if unknown or not chosen or len(set(chosen)) != len(chosen):

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from geofm.cards import InputSpec, published_cards
-from geofm.datasets._geotiff import ImageError, ImageReport, check_errors, opened
+from geofm.datasets._geotiff import ImageError, check_errors, opened
+from geofm.datasets._index import checked_index
+from geofm.datasets._report import SkipReport
 from geofm.datasets.observations import band_indices
 from geofm.datasets.ssl4eco_places import (
     BANDS,
@@ -86,7 +88,8 @@ class SSL4Eco(Dataset[dict[str, Any]]):
     Attributes:
         ids: The places' six digits.
         places: What was listed.
-        report: What was left out or replaced. With DataLoader workers each has its own.
+        report: What was left out or replaced, each time it was met, over all DataLoader workers: a
+            `Report`.
         weights: As a float64 array of one number a place, or None.
 
     Raises:
@@ -118,14 +121,13 @@ class SSL4Eco(Dataset[dict[str, Any]]):
         self.errors = check_errors(errors)
         self.places = list_places(self.root) if places is None else places
         self.ids = self.places.ids
-        self.report = ImageReport()
+        self.report = SkipReport()
         for count, reason in (
             (self.places.single, "place with fewer than two images"),
             (self.places.ignored, "entry that is no place"),
         ):
             if count:
-                self.report.counts[reason] = count
-                self.report.examples[reason] = [f"{count} in {self.root / 'imgs'}"]
+                self.report.add(reason, f"{count} in {self.root / 'imgs'}", count, log=False)
         self.weights = self._weights(weights, mountains)
 
     def __len__(self) -> int:
@@ -191,7 +193,8 @@ class SSL4Eco(Dataset[dict[str, Any]]):
             table = self.root / PLACES_CSV
             if not table.is_file():
                 raise DataNotFoundError(
-                    f"weights='published' needs {table}; make it with index_places({self.root})"
+                    f"weights='published' needs {table}; make it once with: from geofm.datasets "
+                    f"import index_places; index_places({str(self.root)!r})"
                 )
             if isinstance(mountains, str | os.PathLike):
                 mountains = read_mountains(mountains)
@@ -206,8 +209,7 @@ class SSL4Eco(Dataset[dict[str, Any]]):
 
     def _sample(self, index: int, rng: np.random.Generator | None) -> dict[str, Any]:
         count = len(self)
-        if not -count <= index < count:
-            raise IndexError(f"place {index} of {count}")
+        index = checked_index(index, count, "place")
         tries = min(count, _MAX_BROKEN)
         for number in range(index, index + tries):
             place = number % count

@@ -16,8 +16,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from geofm.datasets._geotiff import ImageError, ImageReport, opened
+from geofm.datasets._geotiff import ImageError, opened
 from geofm.datasets._places import centre_of_grid
+from geofm.datasets._report import SkipReport
 from geofm.errors import DataNotFoundError, RasterError, UnsafeFileError
 
 __all__ = [
@@ -202,7 +203,7 @@ def index_places(
     """
     base = Path(root)
     listed = list_places(base) if places is None else places
-    report = ImageReport()
+    report = SkipReport()
     target = base / PLACES_CSV
     temporary = base / f".{PLACES_CSV}.{os.getpid()}"
     try:
@@ -327,7 +328,7 @@ def _records(
             yield table.line_num, record
 
 
-def _rows(root: Path, places: Places, workers: int, report: ImageReport) -> Iterator[PlaceRow]:
+def _rows(root: Path, places: Places, workers: int, report: SkipReport) -> Iterator[PlaceRow]:
     def read(index: int) -> tuple[PlaceRow, list[RasterError]]:
         return _row(places.paths(root, index))
 

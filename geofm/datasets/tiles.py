@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geofm.cards import LEVELS, InputSpec, Statistics
-from geofm.datasets._geotiff import ImageError, ImageReport, Moments, check_errors, opened
+from geofm.datasets._geotiff import ImageError, Moments, check_errors, opened
+from geofm.datasets._index import checked_index
+from geofm.datasets._report import SkipReport
 from geofm.errors import BandError, DataNotFoundError, GeofmError, PixelError
 from geofm.preprocess import Preprocess
 from geofm.spectral import match_bands, missing_message
@@ -88,7 +90,7 @@ class TileFolder(Dataset[dict[str, Any]]):
     Attributes:
         bands: The sensor's names of the bands.
         statistics: In DN and in the order of `bands`, for a weight card.
-        report: Files and windows that were left out.
+        report: Files and windows that were left out when it was made, a `Report`.
 
     Raises:
         DataNotFoundError: There is no such folder, or nothing usable in it.
@@ -125,7 +127,7 @@ class TileFolder(Dataset[dict[str, Any]]):
         self.root, self.size, self.stride = Path(root), size, step
         self.max_missing = max_missing
         self.errors = check_errors(errors)
-        self.report = ImageReport()
+        self.report = SkipReport()
         self._units, self._level, self._offset = units, level, offset
         self._sensor, self._names = sensor, names
         if nodata is None:
@@ -178,9 +180,8 @@ class TileFolder(Dataset[dict[str, Any]]):
         """
         by_file: dict[int, list[int]] = {}
         for place, index in enumerate(indices):
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"window {index} of {len(self)}")
-            by_file.setdefault(int(self._windows[index, 0]), []).append(place)
+            number = checked_index(index, len(self), "window")
+            by_file.setdefault(int(self._windows[number, 0]), []).append(place)
         samples: dict[int, dict[str, Any]] = {}
         for number, places in by_file.items():
             raster = self._rasters[number]

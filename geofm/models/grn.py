@@ -7,6 +7,7 @@ Source: Woo et al., ConvNeXt V2, CVPR 2023 (arXiv 2301.00808), section 3.3.
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from timm.models import register_notrace_function
 from torch import Tensor, nn
@@ -58,7 +59,8 @@ def grn_linear(
     sites = hidden.flatten(1, 2)
     if not torch.jit.is_scripting():
         traced: bool = torch.jit.is_tracing()  # type: ignore[no-untyped-call]
-        if torch.is_grad_enabled() and not traced and not torch.compiler.is_exporting():
+        plain = traced or torch.compiler.is_exporting() or _forward_mode()
+        if torch.is_grad_enabled() and not plain:
             trained: Tensor = _GrnLinear.apply(
                 sites, gamma.flatten(), beta.flatten(), weight, bias, eps
             )[0]
@@ -72,6 +74,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The layer's output (N, P, C), and response and mean response for the gradient."""
     response, average = _response(sites, eps)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript reads the inner one otherwise)
+        if _forward_mode():
+            response, average = _smooth_response(sites, eps)
     scale = (1 + gamma * (response / average)).to(sites.dtype)
     bias = F.linear(beta.to(weight.dtype), weight, bias)
     if _scales_sites(sites, weight):
@@ -80,6 +85,15 @@ def _forward(
         per_sample = (weight * scale[:, None]).transpose(1, 2)
         out = torch.baddbmm(bias.to(sites.dtype), sites, per_sample.to(sites.dtype))
     return out, response, average
+
+
+def _forward_mode() -> bool:
+    """Whether forward derivatives are being taken (`torch.func.jvp`, ``hessian``).
+
+    Of an autograd.Function they would need a ``jvp``, which torch.compile does not take; torch
+    derives them from `_forward` by itself.
+    """
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def _response(sites: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -93,6 +107,15 @@ def _response(sites: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         response = sites.to(wide).square().sum(1).sqrt()
     else:
         response = torch.linalg.vector_norm(sites, dim=1, dtype=wide)
+    return response, response.mean(dim=-1, keepdim=True) + eps
+
+
+def _smooth_response(sites: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`_response` with all derivatives of a silent channel 0 instead of NaN."""
+    wide = torch.promote_types(sites.dtype, torch.float32)
+    squares = sites.to(wide).square().sum(1)
+    silent = squares == 0
+    response = torch.where(silent, 0, torch.where(silent, 1, squares).sqrt())
     return response, response.mean(dim=-1, keepdim=True) + eps
 
 
@@ -113,6 +136,9 @@ class _GrnLinear(torch.autograd.Function):
     would pass over the widest activation six more times.
     """
 
+    # For torch.func.vmap, such as gradients of single samples.
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return _forward(*arguments)
@@ -129,7 +155,7 @@ class _GrnLinear(torch.autograd.Function):
         sites, gamma, beta, weight, response, average = ctx.saved_tensors
         if torch.is_grad_enabled():
             # For second derivatives these must hang together with `sites`.
-            response, average = _response(sites, ctx.eps)
+            response, average = _smooth_response(sites, ctx.eps)
         kind = sites.dtype
         grad = grad.to(kind)
         relative = response / average
@@ -152,7 +178,8 @@ class _GrnLinear(torch.autograd.Function):
         shared = (of_relative * relative).mean(-1, keepdim=True)
         of_response = (of_relative - shared) / average
         # The norm of nothing but zeros has no slope.
-        slope = torch.where(response > 0, of_response / response, 0)
+        loud = response > 0
+        slope = torch.where(loud, of_response / torch.where(loud, response, 1), 0)
         if kind == torch.float16:
             # The slope of a nearly silent channel is beyond float16, its product with sites is not.
             of_sites = (of_sites + sites.float() * slope[:, None]).to(kind)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal
 
 from geofm.errors import GeofmError, MissingExtraError
 
-__all__ = ["RecipeError", "build", "merged", "near", "parse_yaml", "yaml_module"]
+__all__ = ["RecipeError", "build", "check_names", "merged", "near", "parse_yaml", "yaml_module"]
 
 
 class RecipeError(GeofmError, ValueError):
@@ -32,6 +33,30 @@ def near(word: str, known: Sequence[str]) -> str:
     """
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def check_names(kind: Callable[..., Any], given: Iterable[str], key: str, taken: int = 0) -> None:
+    """Refuse names of arguments that a class or function does not have.
+
+    Args:
+        kind: The class or function.
+        given: Names.
+        key: Dotted name of the place they stand at in the recipe.
+        taken: How many of the first arguments are given otherwise.
+
+    Raises:
+        RecipeError: One is unknown; the message has near ones and all there are.
+    """
+    parameters = list(inspect.signature(kind).parameters.values())[taken:]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for name in given:
+        if name not in known:
+            raise RecipeError(
+                f"unknown key {key}.{name}{near(name, known)}; known are "
+                f"{', '.join(f'{key}.{k}' for k in known) or 'none'}"
+            )
 
 
 def merged(base: Any, over: Any, depth: int = 1000) -> Any:

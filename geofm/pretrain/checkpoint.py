@@ -104,8 +104,8 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
         Its path, None to begin anew.
 
     Raises:
-        CheckpointError: There is nothing sound where one is named, or `folder` already holds a run
-            that a new one would mix with.
+        CheckpointError: There is nothing sound where one is named, all checkpoints in `folder` are
+            damaged, or `folder` already holds a run that a new one would mix with.
     """
     known = checkpoints_in(folder)
     if resume == "none":
@@ -116,7 +116,14 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
             )
         return None
     if resume == "auto":
-        return _latest_sound(known)
+        found = _latest_sound(known)
+        if known and found is None:
+            raise CheckpointError(
+                f"all {len(known)} checkpoints in {folder / 'checkpoints'} are damaged, the latest "
+                f"of step {max(known)}: bring back a copy of one, or begin anew in another folder "
+                f"(-o)"
+            )
+        return found
     path = Path(resume).expanduser()
     if path.is_dir():
         inside = checkpoints_in(path)
@@ -138,10 +145,13 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
 
 
 def _latest_sound(known: dict[int, Path]) -> Path | None:
+    damaged: list[Path] = []
     for path in reversed(known.values()):
         if is_sound(path):
+            for bad in damaged:
+                logger.warning("%s is damaged; going on from %s", bad, path.name)
             return path
-        logger.warning("%s is damaged; going on from the one before", path)
+        damaged.append(path)
     return None
 
 

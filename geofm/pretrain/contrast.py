@@ -89,6 +89,8 @@ class _MomentumLearner(Method):
         # The keys' side begins as a copy and never sees a gradient.
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.heads_k = copy.deepcopy(self.heads_q).requires_grad_(False)
+        # Bands of the encoder's input; of somebody's own module they are not known.
+        self.in_chans = None if isinstance(encoder, nn.Module) else self._first_conv().in_channels
         noise = torch.randn(
             self.spaces, projection, queue, generator=torch.Generator().manual_seed(_QUEUE_SEED)
         )
@@ -122,11 +124,7 @@ class _MomentumLearner(Method):
         Raises:
             PixelError: The shape is another, or there are too few seasons.
         """
-        if images.ndim != 5 or images.shape[1] < self.seasons:
-            raise PixelError(
-                f"expected (N, seasons, C, H, W) with at least {self.seasons} seasons, got "
-                f"{tuple(images.shape)}"
-            )
+        self._check_images(images)
         count = RandomResizedCrop.numbers + Photometric.numbers
         numbers = uniforms(draws, _VIEWS, self.spaces + 1, count)
         # In half precision, digital numbers would lose their last digits.
@@ -134,6 +132,40 @@ class _MomentumLearner(Method):
             made = self._views(images, numbers)
             query, *keys = (view / self.scale for view in made)
         return query, tuple(keys)
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse data without images, or with too few seasons or other bands.
+
+        Args:
+            batch: As `forward` gets them.
+
+        Raises:
+            PixelError: As `forward`.
+            ModelError: The encoder takes another number of bands.
+        """
+        self._check_images(self._images_of(batch))
+
+    def _images_of(self, batch: Mapping[str, Any]) -> Tensor:
+        images = batch.get("image")
+        if not isinstance(images, Tensor):
+            raise PixelError(f"the batch lacks a tensor 'image'; it has {', '.join(batch)}")
+        return images
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.ndim != 5 or images.shape[1] < self.seasons or not len(images):
+            raise PixelError(
+                f"expected (N, seasons, C, H, W) with at least {self.seasons} seasons of one or "
+                f"more samples, got {tuple(images.shape)}"
+            )
+        self._check_bands(images.shape[2])
+
+    def _check_bands(self, count: int) -> None:
+        if self.in_chans is not None and count != self.in_chans:
+            raise ModelError(
+                f"{self.encoder_name} takes {self.in_chans} bands, the images have {count}: choose "
+                f"the data's bands (data.options.bands), or make the encoder for them "
+                f"(arguments={{'bands': [...]}})"
+            )
 
     def _views(self, images: Tensor, numbers: Numbers) -> list[Tensor]:
         """The query's view and one for each key, in digital numbers."""
@@ -164,9 +196,7 @@ class _MomentumLearner(Method):
     # What is left to chance is no part of a compiled graph: each draw would make another.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _views_of(self, batch: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        images = batch.get("image")
-        if not isinstance(images, Tensor):
-            raise PixelError(f"the batch lacks a tensor 'image'; it has {', '.join(batch)}")
+        images = self._images_of(batch)
         return self.views(images, draws_of(batch, len(images)))
 
     def step(self, query: Tensor, keys: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
@@ -294,6 +324,8 @@ class _MomentumLearner(Method):
             )
         if query.ndim == 2 and query.shape[1] != self.features:
             raise ModelError(f"expected {self.features} features of a sample, got {query.shape[1]}")
+        if query.ndim == 4:
+            self._check_bands(query.shape[1])
         count, length = len(query) * _world(), self.queue.shape[2]
         if count == 0 or length % count:
             raise ModelError(
@@ -318,10 +350,14 @@ class _MomentumLearner(Method):
             )
         of_factory = inspect.signature(create_model).parameters
         own = {key: value for key, value in self.arguments.items() if key not in of_factory}
+        state = {name: value.detach() for name, value in self.encoder_q.state_dict().items()}
+        return Exported(self.encoder_name, {**own, "in_chans": self.in_chans}, state)
+
+    def _first_conv(self) -> nn.Conv2d:
+        assert self.encoder_name is not None
         first = self.encoder_q.get_submodule(architecture(self.encoder_name).first_conv)
         assert isinstance(first, nn.Conv2d)
-        state = {name: value.detach() for name, value in self.encoder_q.state_dict().items()}
-        return Exported(self.encoder_name, {**own, "in_chans": first.in_channels}, state)
+        return first
 
 
 class SeasonContrast(_MomentumLearner):

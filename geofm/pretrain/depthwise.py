@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_weight
@@ -34,7 +35,9 @@ def depthwise(x: Tensor, weight: Tensor, visible: Visible | None = None, side: i
     Returns:
         (N, C, H, W).
     """
-    if x.device.type != "cpu":
+    # Of an autograd.Function, forward derivatives would need a jvp, which torch.compile refuses.
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if x.device.type != "cpu" or forward_mode:
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=len(weight))
     patches, grid = (None, 0) if visible is None else (visible.patches, visible.grid)
     out: Tensor = _Depthwise.apply(x, weight, patches, grid, side)
@@ -42,6 +45,9 @@ def depthwise(x: Tensor, weight: Tensor, visible: Visible | None = None, side: i
 
 
 class _Depthwise(torch.autograd.Function):
+    # For torch.func.vmap, such as gradients of single samples.
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor, patches: Tensor | None, grid: int, side: int) -> Tensor:
         return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=len(weight))

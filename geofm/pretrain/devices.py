@@ -15,9 +15,49 @@ from geofm.errors import MissingExtraError
 from geofm.pretrain.export import method_class
 from geofm.pretrain.method import Method
 from geofm.pretrain.plan import Plan
-from geofm.pretrain.recipe import Recipe
+from geofm.pretrain.recipe import Recipe, RecipeError
 
-__all__ = ["make_fabric", "make_optimizer"]
+__all__ = ["check_devices", "make_fabric", "make_optimizer"]
+
+
+def check_devices(recipe: Recipe) -> None:
+    """Refuse what this machine has not got.
+
+    Args:
+        recipe: The recipe.
+
+    Raises:
+        RecipeError: Its accelerator, devices, strategy or precision need a GPU that is not here.
+    """
+    train = recipe.train
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if train.accelerator == "cuda" and not gpus:
+        raise RecipeError(
+            "train.accelerator=cuda needs a GPU, and PyTorch finds none here: take "
+            "train.accelerator=auto or cpu"
+        )
+    if train.accelerator == "cpu" or not gpus:
+        where = "with train.accelerator=cpu" if gpus else "and PyTorch finds none here"
+        if train.strategy == "fsdp":
+            raise RecipeError(
+                f"train.strategy=fsdp needs GPUs, {where}: take train.strategy=auto or ddp"
+            )
+        if train.precision == "16-mixed":
+            raise RecipeError(
+                f"train.precision=16-mixed needs a GPU, {where}: take train.precision=bf16-mixed "
+                f"or 32-true"
+            )
+        return
+    wanted = _of_torchrun("LOCAL_WORLD_SIZE") or train.devices
+    if wanted != "auto" and wanted > gpus:
+        raise RecipeError(
+            f"{wanted} processes on this machine need as many GPUs, PyTorch finds {gpus}: lower "
+            f"train.devices (under torchrun --nproc-per-node), or take train.accelerator=cpu"
+        )
+
+
+def _of_torchrun(variable: str) -> int | None:
+    return int(os.environ[variable]) if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def make_fabric(recipe: Recipe) -> Any:
@@ -31,6 +71,7 @@ def make_fabric(recipe: Recipe) -> Any:
 
     Raises:
         MissingExtraError: It is not installed.
+        RecipeError: As `check_devices`.
     """
     try:
         lightning = importlib.import_module("lightning_fabric")
@@ -41,11 +82,11 @@ def make_fabric(recipe: Recipe) -> Any:
         ) from error
     # Fabric announces each process and each seed.
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    check_devices(recipe)
     train = recipe.train
-    devices, nodes = train.devices, train.nodes
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    devices = _of_torchrun("LOCAL_WORLD_SIZE") or train.devices
+    world = _of_torchrun("WORLD_SIZE")
+    nodes = train.nodes if world is None else world // int(devices)
     accelerator = train.accelerator
     if accelerator == "auto":
         accelerator = "cuda" if torch.cuda.is_available() else "cpu"

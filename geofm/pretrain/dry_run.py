@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from geofm.pretrain.devices import check_devices
 from geofm.pretrain.export import build_method
-from geofm.pretrain.feed import open_data, open_feed
+from geofm.pretrain.feed import check_fit, open_data, open_feed
 from geofm.pretrain.method import Method
 from geofm.pretrain.plan import Plan, lengths, plan_for
-from geofm.pretrain.recipe import Recipe, fingerprint, to_yaml
+from geofm.pretrain.recipe import Recipe, RecipeError, fingerprint, to_yaml
 
 __all__ = ["describe"]
 
@@ -37,18 +39,31 @@ def describe(recipe: Recipe, world: int = 1) -> str:
         Text of several lines: YAML, and comments with the figures.
 
     Raises:
-        RecipeError: The recipe contradicts itself, the method or the data.
+        RecipeError: The recipe contradicts itself, the method or the data. What this machine lacks
+            is a line of the text.
     """
     plan = plan_for(recipe, world)
+    # A run is often planned on another machine than the one that trains.
+    elsewhere = []
+    try:
+        check_devices(recipe)
+    except RecipeError as error:
+        elsewhere = [f"# this machine cannot run it: {error}"]
     torch.manual_seed(recipe.train.seed)
     method = build_method(recipe)
-    lines = [to_yaml(recipe), f"# recipe hash: {fingerprint(recipe)}", *_parameters(method)]
+    lines = [
+        to_yaml(recipe),
+        *elsewhere,
+        f"# recipe hash: {fingerprint(recipe)}",
+        *_parameters(method),
+    ]
     known = recipe.data.path is not None or recipe.data.generate is not None
     if known or ":" in recipe.data.kind:
         with tempfile.TemporaryDirectory() as folder:
             dataset = open_data(recipe.data, Path(folder), plan.seed)
             feed = open_feed(dataset, plan, recipe.data, pin=False)
             lines += _steps(recipe, plan, feed.steps_per_epoch, _size(dataset, recipe))
+            check_fit(method, feed)
             lines += _memory(recipe, method, _kept_bytes(recipe, method, dataset, plan))
     else:
         samples = recipe.data.samples
@@ -109,7 +124,8 @@ def _kept_bytes(recipe: Recipe, method: Method, dataset: Any, plan: Plan) -> int
     few = Plan(plan.seed, min(plan.batch, _TRIED), 1, 0, 1, min(plan.batch, _TRIED), plan.lr)
     reader = replace(recipe.data, workers=0)
     feed = open_feed(dataset, few, reader, pin=False)
-    batch = next(iter(feed.batches(0, 1)))
+    with closing(feed.batches(0, 1)) as batches:
+        batch = next(batches)
     own = {t.untyped_storage().data_ptr() for t in (*method.parameters(), *method.buffers())}
     seen: dict[int, int] = {}
 

@@ -20,6 +20,7 @@ from geofm.auxiliary import Variable
 from geofm.cards import InputSpec, WeightCard, published_cards, read_card
 from geofm.errors import CardError, ModelError
 from geofm.hub import sha256_of
+from geofm.pretrain._strict import check_names
 from geofm.pretrain.checkpoint import CheckpointError, checkpoints_in, is_sound, read_state
 from geofm.pretrain.feed import class_of
 from geofm.pretrain.method import Method
@@ -69,6 +70,7 @@ def build_method(recipe: Recipe, start: bool = True) -> Method:
         RecipeError: There is no such method, or it does not take the arguments.
     """
     kind, arguments = method_class(recipe), recipe.model
+    check_names(kind, arguments, "model")
     for name in () if start else kind.starting_points:
         arguments = _without(arguments, name.split("."))
     try:

@@ -13,22 +13,30 @@ in the run, from which a method takes what it leaves to chance.
 from __future__ import annotations
 
 import importlib
-import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Sampler
 
 from geofm.errors import DataNotFoundError
-from geofm.pretrain.method import random_of
+from geofm.pretrain._strict import check_names
+from geofm.pretrain.method import Method
 from geofm.pretrain.plan import Plan
+from geofm.pretrain.readers import (
+    BatchReader,
+    StreamReader,
+    batches_of,
+    collate_of,
+    worker_started,
+)
 from geofm.pretrain.recipe import Data, RecipeError
 
-__all__ = ["Feed", "MapFeed", "StreamFeed", "open_data", "open_feed", "order_of"]
+__all__ = ["Feed", "MapFeed", "StreamFeed", "check_fit", "open_data", "open_feed", "order_of"]
 
 Batch = dict[str, Any]
 
@@ -43,8 +51,6 @@ _WRITERS = {
     "ssl4eco": ("geofm.datasets.ssl4eco_samples", "write_ssl4eco"),
     "globalgeotree": ("geofm.datasets.globalgeotree_samples", "write_shards"),
 }
-# Stream of `random_of` from which a dataset's own choices come (which dates of a place, say).
-_DATASET_STREAM = 7
 
 
 class Feed(Protocol):
@@ -53,8 +59,12 @@ class Feed(Protocol):
     dataset: Any
     steps_per_epoch: int
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """This process's batches of the steps from `start` to before `stop`."""
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """This process's batches of the steps from `start` to before `stop`; to be closed."""
+        ...
+
+    def first(self) -> Batch | None:
+        """One sample as a batch; None where reading one would change what comes next."""
         ...
 
     def used(self, batch: Batch) -> None:
@@ -96,6 +106,7 @@ def open_data(data: Data, folder: Path, seed: int = 0) -> Any:
         path = str(_generated(data, folder))
     arguments = () if path is None else (path,)
     options = {"seed": seed} | data.options if hasattr(kind, "state_after") else data.options
+    check_names(kind, data.options, "data.options", len(arguments))
     try:
         return kind(*arguments, **options)
     except TypeError as error:
@@ -134,6 +145,8 @@ def _generated(data: Data, folder: Path) -> Path:
             f"data.generate: there is no writer of samples of {data.kind}, only of "
             f"{', '.join(_WRITERS)}; give data.path"
         )
+    write = class_of(data.kind, _WRITERS, "data.kind")
+    check_names(write, data.generate or {}, "data.generate", 1)
     target = folder / "generated"
     if not target.exists():
         # A killed writer must leave nothing that looks like a data set.
@@ -142,7 +155,6 @@ def _generated(data: Data, folder: Path) -> Path:
             for path in sorted(unfinished.rglob("*"), reverse=True):
                 path.rmdir() if path.is_dir() else path.unlink()
         unfinished.mkdir(parents=True, exist_ok=True)
-        write = class_of(data.kind, _WRITERS, "data.kind")
         try:
             write(unfinished, **(data.generate or {}))
         except TypeError as error:
@@ -246,7 +258,7 @@ class MapFeed:
                 f"(and train.effective_batch or train.accumulate)"
             )
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """This process's batches of the steps from `start` to before `stop`.
 
         Args:
@@ -254,7 +266,7 @@ class MapFeed:
             stop: The step after the last.
 
         Returns:
-            Batches; a step has ``accumulate`` of them.
+            Batches; a step has ``accumulate`` of them. Closing it ends the reading processes.
         """
         order = _Order(
             len(self.dataset),
@@ -264,18 +276,28 @@ class MapFeed:
             stop,
             self.steps_per_epoch,
         )
-        return iter(
+        return batches_of(
             DataLoader(
-                _Reader(self.dataset),
+                BatchReader(self.dataset),
                 batch_sampler=order,
                 num_workers=self.workers,
-                collate_fn=getattr(self.dataset, "collate", default_collate),
+                collate_fn=collate_of(self.dataset),
                 pin_memory=self.pin,
-                worker_init_fn=_leave_stopping_to_the_loop if self.workers else None,
+                worker_init_fn=worker_started if self.workers else None,
                 # Its own generator: the loader must not draw from the one that the model uses.
                 generator=torch.Generator().manual_seed(self.plan.seed),
             )
         )
+
+    def first(self) -> Batch:
+        """The first sample of the dataset.
+
+        Returns:
+            A batch of it alone.
+        """
+        sample = BatchReader(self.dataset)[0, draw_of(self.plan.seed, 0)]
+        batch: Batch = collate_of(self.dataset)([sample])
+        return batch
 
     def used(self, batch: Batch) -> None:
         """Nothing to note: the step says it all.
@@ -293,34 +315,6 @@ class MapFeed:
         Args:
             position: Ignored.
         """
-
-
-class _Reader(Dataset[Batch]):
-    """Reads whole batches of (index, draw)."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, place: tuple[int, int]) -> Batch:
-        return self.__getitems__([place])[0]
-
-    def __getitems__(self, places: Sequence[tuple[int, int]]) -> list[Batch]:
-        indices = [index for index, _ in places]
-        if hasattr(self.dataset, "draw"):
-            samples = [self.dataset.draw(i, random_of(d, _DATASET_STREAM)) for i, d in places]
-        elif hasattr(self.dataset, "__getitems__"):
-            samples = self.dataset.__getitems__(indices)
-        else:
-            samples = [self.dataset[index] for index in indices]
-        return [
-            {"id": str(index), **sample, "draw": draw}
-            for (index, draw), sample in zip(places, samples, strict=True)
-        ]
-
-
-def _leave_stopping_to_the_loop(worker: int) -> None:
-    # A cluster signals all processes of a job; the loop finishes its step and still needs readers.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # --- streams ------------------------------------------------------------------------------------
@@ -352,7 +346,7 @@ class StreamFeed:
         together = plan.batch * plan.world * plan.accumulate
         self.steps_per_epoch = max(1, samples // together)
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """This process's batches of the steps from `start` to before `stop`.
 
         Args:
@@ -363,21 +357,23 @@ class StreamFeed:
             Batches; a step has ``accumulate`` of them.
         """
         plan = self.plan
-        loader = iter(
-            DataLoader(
-                self.stream,
-                batch_size=plan.batch,
-                num_workers=self.workers,
-                collate_fn=getattr(self.stream, "collate", default_collate),
-                pin_memory=self.pin,
-                worker_init_fn=_leave_stopping_to_the_loop if self.workers else None,
-                generator=torch.Generator().manual_seed(plan.seed),
-            )
+        loader: DataLoader[Any] = DataLoader(
+            StreamReader(self.stream),
+            batch_size=plan.batch,
+            num_workers=self.workers,
+            collate_fn=collate_of(self.stream),
+            pin_memory=self.pin,
+            worker_init_fn=worker_started if self.workers else None,
+            generator=torch.Generator().manual_seed(plan.seed),
         )
-        for part in range(start * plan.accumulate, stop * plan.accumulate):
-            first = (part * plan.world + plan.rank) * plan.batch
-            draws = [draw_of(plan.seed, first + i) for i in range(plan.batch)]
-            yield {**next(loader), "draw": torch.tensor(draws)}
+        with closing(batches_of(loader)) as batches:
+            for part in range(start * plan.accumulate, stop * plan.accumulate):
+                first = (part * plan.world + plan.rank) * plan.batch
+                draws = [draw_of(plan.seed, first + i) for i in range(plan.batch)]
+                yield {**next(batches), "draw": torch.tensor(draws)}
+
+    def first(self) -> None:
+        """None: a sample that was read would be missing later."""
 
     def used(self, batch: Batch) -> None:
         """Take note that a batch has been trained on.
@@ -404,6 +400,21 @@ class StreamFeed:
         if position is not None:
             self.stream.load_state(position)
             self._position = position
+
+
+def check_fit(method: Method, feed: Feed) -> None:
+    """Try whether a method can train on some data, before anything is written.
+
+    Args:
+        method: The method.
+        feed: The data; of a stream nothing is tried.
+
+    Raises:
+        GeofmError: It cannot, or the first sample cannot be read.
+    """
+    batch = feed.first()
+    if batch is not None:
+        method.check_batch(batch)
 
 
 def open_feed(dataset: Any, plan: Plan, data: Data, pin: bool) -> Feed:

@@ -13,9 +13,10 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from geofm.pretrain.checkpoint import (
 )
 from geofm.pretrain.devices import make_fabric, make_optimizer
 from geofm.pretrain.export import build_method, card_facts, export_run
-from geofm.pretrain.feed import Batch, Feed, open_data, open_feed
+from geofm.pretrain.feed import Batch, Feed, check_fit, open_data, open_feed
 from geofm.pretrain.journal import Journal
 from geofm.pretrain.plan import Plan, learning_rate, lengths, plan_for
 from geofm.pretrain.recipe import Recipe, RecipeError, differences, read_recipe, to_yaml
@@ -82,7 +83,10 @@ class Progress:
 
 @dataclass
 class Run:
-    """A run: what does not change, and what `save` writes."""
+    """A run: what does not change, and what `save` writes.
+
+    `skipped` is what the dataset had left out before training, alike on all processes.
+    """
 
     recipe: Recipe
     folder: Path
@@ -96,6 +100,7 @@ class Run:
     journal: Journal | None
     facts: dict[str, Any]
     progress: Progress
+    skipped: Counter[str] = field(default_factory=Counter)
     loss_names: tuple[str, ...] = ()
     signalled: bool = False
     stopping: bool = False
@@ -134,10 +139,7 @@ def pretrain(
         )
     elif run.fabric.is_global_zero:
         export_run(run.folder)
-    # What was missing or damaged, where the dataset counts it.
-    report = str(getattr(run.feed.dataset, "report", ""))
-    if report:
-        logger.info("data read by process %d: %s", run.plan.rank, report)
+    _tell_what_was_skipped(run)
     run.fabric.barrier()
     return run
 
@@ -158,7 +160,6 @@ def setup(recipe: Recipe, folder: Path, resume: str, command: str) -> Run:
     fabric.launch()
     fabric.seed_everything(recipe.train.seed, verbose=False)
     plan = plan_for(recipe, fabric.world_size, fabric.global_rank)
-    folder.mkdir(parents=True, exist_ok=True)
     with fabric.rank_zero_first():
         dataset = open_data(recipe.data, folder, plan.seed)
     feed = open_feed(dataset, plan, recipe.data, pin=fabric.device.type == "cuda")
@@ -173,6 +174,9 @@ def setup(recipe: Recipe, folder: Path, resume: str, command: str) -> Run:
         )
     found = find_checkpoint(folder, resume)
     method = build_method(recipe, start=found is None)
+    check_fit(method, feed)
+    skipped = Counter(getattr(getattr(dataset, "report", None), "counts", {}))
+    folder.mkdir(parents=True, exist_ok=True)
     facts = card_facts(recipe, dataset, method, command)
     optimizer = make_optimizer(recipe, plan, method)
     working = torch.compile(method) if recipe.train.compile else method
@@ -194,7 +198,7 @@ def setup(recipe: Recipe, folder: Path, resume: str, command: str) -> Run:
     module.train()
     return Run(
         recipe, folder, plan, steps, warmup, fabric, module, optimizer, feed, journal, facts,
-        progress,
+        progress, skipped,
     )  # fmt: skip
 
 
@@ -205,27 +209,28 @@ def fit(run: Run) -> None:
         run: The run.
     """
     progress, output = run.progress, run.recipe.output
-    batches = run.feed.batches(progress.step, run.steps)
-    bar = _bar(run)
-    since, last_logged = time.perf_counter(), progress.step
-    while progress.step < run.steps and not run.stopping:
-        began = time.perf_counter()
-        row = train_step(run, batches)
-        progress.seconds += time.perf_counter() - began
-        if progress.step % output.log_every == 0 or progress.step in (1, run.steps):
-            elapsed = time.perf_counter() - since
-            done = (progress.step - last_logged) * run.plan.samples_per_step
-            row |= {"samples_per_second": done / elapsed, "memory_mb": _memory(run) / 1e6}
-            since, last_logged = time.perf_counter(), progress.step
-            if run.journal:
-                run.journal.write(progress.step, row)
-            bar.set_postfix(loss=f"{row['total']:.4g}", refresh=False)
-        bar.update()
-        if progress.step % output.save_every == 0 or progress.step == run.steps or run.stopping:
-            save(run)
-    bar.close()
-    if run.journal:
-        run.journal.close()
+    with (
+        closing(run.journal) if run.journal else nullcontext(),
+        closing(_bar(run)) as bar,
+        closing(run.feed.batches(progress.step, run.steps)) as batches,
+    ):
+        since, last_logged = time.perf_counter(), progress.step
+        while progress.step < run.steps and not run.stopping:
+            began = time.perf_counter()
+            row = train_step(run, batches)
+            progress.seconds += time.perf_counter() - began
+            if progress.step % output.log_every == 0 or progress.step in (1, run.steps):
+                elapsed = time.perf_counter() - since
+                done = (progress.step - last_logged) * run.plan.samples_per_step
+                row |= {"samples_per_second": done / elapsed, "memory_mb": _memory(run) / 1e6}
+                since, last_logged = time.perf_counter(), progress.step
+                if run.journal:
+                    run.journal.write(progress.step, row)
+                bar.set_postfix(loss=f"{row['total']:.4g}", refresh=False)
+            bar.update()
+            due = progress.step % output.save_every == 0 or progress.step == run.steps
+            if due or run.stopping:
+                save(run)
 
 
 def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float]:
@@ -263,7 +268,8 @@ def train_step(run: Run, batches: Iterator[Batch]) -> dict[str, float]:
     )
     row = dict(zip(run.loss_names, values, strict=True)) | {"grad_norm": float(norm)}
     # With a gradient scaler, infinite gradients are its business: it skips the step.
-    checked = values if run.recipe.train.precision == "16-mixed" else [*values, row["grad_norm"]]
+    scaled = getattr(fabric.strategy.precision, "scaler", None) is not None
+    checked = values if scaled else [*values, row["grad_norm"]]
     if not all(map(math.isfinite, checked)):
         raise _non_finite(run, row, own, used)
     rate = learning_rate(run.progress.step, run.steps, run.warmup, run.recipe) * plan.lr
@@ -410,6 +416,28 @@ def _of_all(run: Run, value: Any) -> list[Any]:
     out: list[Any] = [None] * run.plan.world
     torch.distributed.all_gather_object(out, value)
     return out
+
+
+def _tell_what_was_skipped(run: Run) -> None:
+    """Log what was missing, damaged or left out, where the dataset counts it; for all processes."""
+    report = getattr(run.feed.dataset, "report", None)
+    if report is None:
+        return
+    logger.info("data read by process %d: %s", run.plan.rank, report)
+    if not hasattr(report, "counts"):
+        return
+    own = Counter(report.counts) - run.skipped
+    total, examples = Counter(run.skipped), dict(report.examples)
+    for counts, theirs in _of_all(run, (own, examples)):
+        total += counts
+        examples = theirs | examples
+    if total and run.fabric.is_global_zero:
+        words = (
+            f"{count} x {reason}" + (f", for example: {shown[0]}" if shown else "")
+            for reason, count in total.most_common()
+            for shown in [examples.get(reason, ())]
+        )
+        logger.warning("data left out, replaced or missing: %s", "; ".join(words))
 
 
 def _memory(run: Run) -> float:

@@ -56,6 +56,16 @@ class Method(nn.Module):
         """
         raise NotImplementedError
 
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse data that cannot be trained on; called once, with one sample, before a run.
+
+        Args:
+            batch: As `forward` gets them, on the CPU.
+
+        Raises:
+            GeofmError: What is missing, or of another shape than expected.
+        """
+
     def export(self) -> Exported:
         """The trained model, without what only pretraining needs.
 

@@ -11,7 +11,8 @@ zeros at the removed ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal
+from dataclasses import fields, replace
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 from geofm.errors import BandError, ModelError
 from geofm.layouts import mmearth
 from geofm.models.mpmae import LAYER_NORM_EPS, MPMAE, Block
+from geofm.pretrain._strict import near
 from geofm.pretrain.masked_encoder import decode, encode_visible
 from geofm.pretrain.method import Exported, Method, draws_of, random_of
 from geofm.pretrain.pretext import (
     MODALITIES,
+    Kind,
     Modality,
     UncertaintyWeighting,
     cross_entropy,
@@ -33,9 +36,11 @@ from geofm.pretrain.pretext import (
     patch_error,
     squared_error,
     summary,
+    zeroed,
 )
 from geofm.pretrain.visible import Visible
 from geofm.registry import architecture
+from geofm.spectral import refuse_string
 
 __all__ = ["BANDS", "MaskedAutoencoder"]
 
@@ -60,7 +65,8 @@ class MaskedAutoencoder(Method):
         encoder_name: ``"mpmae_atto"`` and the like.
         patch_size: Side of a patch in px, a multiple of 8: 8 for tiles of 56 px, 16 for 112 px.
         modalities: Targets: names out of `MODALITIES`, or a `Modality` of your own (or a mapping
-            of its fields, as in a recipe).
+            of its fields, as in a recipe). The name of the input stands for as many channels as
+            `input_bands` has.
         loss: ``"uncertainty"``: learned weights; ``"equal"``: plain sum.
         grn_scope: Over which visible sites the encoder's global response normalization goes:
             ``"sample"``: each sample's own, so a sample does not depend on its batch; ``"batch"``:
@@ -69,13 +75,13 @@ class MaskedAutoencoder(Method):
         size: Side of the crop, in px; 7 patches by default.
         input: Key of the batch that the encoder sees.
         bands: Bands of the input to use, by name; None for all.
-        input_bands: All bands of the input, in order.
+        input_bands: All bands of the input in the batch, in order.
         decoder_dim: Width of the decoder.
         decoder_depth: Blocks of the decoder.
         flips: Flip and turn tiles at random (as one, all pixel targets with them).
-        missing: What a NaN in a ``"pixels"`` target counts as: ``"zero"``: the value 0, as
-            published; ``"exclude"``: no error there, nor at values of exactly 0, which normalized
-            data hold where something is missing.
+        missing: What NaN and infinities in a ``"pixels"`` target count as: ``"zero"``: the value
+            0, as published; ``"exclude"``: no error there, nor at values of exactly 0, which
+            normalized data hold where something is missing.
         tile_targets: What ``"vector"``, ``"category"`` and ``"summary"`` targets are told from by
             one linear layer: the ``"decoder"``'s mean, as published, or the ``"encoder"``'s pooled
             features, the very ones that the trained encoder gives its users.
@@ -116,15 +122,18 @@ class MaskedAutoencoder(Method):
             raise ModelError(f"size {self.size} is not a multiple of patch_size {patch_size}")
         self.encoder_name = encoder_name
         self.patch_size = patch_size
-        self.modalities = _modalities(modalities)
         self.grn_scope = grn_scope
         self.mask_ratio = mask_ratio
         self.input = input
         self.flips = flips
         self.missing = missing
         self.tile_targets = tile_targets
-        self.bands = tuple(input_bands if bands is None else bands)
-        self._channels = _positions(self.bands, tuple(input_bands))
+        for name, given in {"bands": bands, "input_bands": input_bands}.items():
+            refuse_string(given or (), name)
+        self.input_bands = tuple(input_bands)
+        self.bands = self.input_bands if bands is None else tuple(bands)
+        self._channels = _positions(self.bands, self.input_bands)
+        self.modalities = _modalities(modalities, input, len(self.input_bands))
 
         self.encoder = _encoder(encoder_name, len(self.bands), patch_size, self.size)
         width = self.encoder.num_features
@@ -244,7 +253,7 @@ class MaskedAutoencoder(Method):
         self, targets: Mapping[str, Any], rows: Tensor, visible: Visible
     ) -> dict[str, Tensor]:
         for m in self.modalities:
-            self._check_target(m, targets, visible)
+            self._check_target(m, targets, visible.count, visible.grid * self.patch_size)
         proj = F.linear(rows, self.proj.weight.flatten(1), self.proj.bias)
         token = self.mask_token.to(proj.dtype).flatten().expand(len(visible.removed), -1)
         grid = proj.new_empty(visible.count * visible.grid**2, proj.shape[1])
@@ -276,17 +285,35 @@ class MaskedAutoencoder(Method):
         head = self.pred_dict[m.name]
         return F.linear(source, head.weight.flatten(1), head.bias)  # type: ignore[operator, arg-type]
 
-    def _check_target(self, m: Modality, targets: Mapping[str, Any], visible: Visible) -> None:
+    def _check_target(self, m: Modality, targets: Mapping[str, Any], count: int, side: int) -> None:
         if m.key not in targets:
             raise ModelError(
                 f"the batch lacks the modality {m.key!r}; it has {', '.join(targets)}. Give "
                 f"modalities= without it to train without it"
             )
-        side = visible.grid * self.patch_size
+        target = targets[m.key]
         channels = 1 if m.kind == "classes" else m.channels
-        expected = (visible.count, channels, side, side) if m.is_map else (visible.count, channels)
-        if tuple(targets[m.key].shape) != expected:
-            raise ModelError(f"{m.name} should be {expected}, found {tuple(targets[m.key].shape)}")
+        expected = (count, channels, side, side) if m.is_map else (count, channels)
+        if tuple(target.shape) != expected:
+            way = (
+                "bands that differ are named by input_bands=[...]"
+                if m.key == self.input
+                else f"another number of channels is said with {{name: {m.name}, kind: {m.kind}, "
+                f"channels: ...}} in modalities="
+            )
+            raise ModelError(f"{m.name} should be {expected}, found {tuple(target.shape)}; {way}")
+        # On a GPU, looking would mean waiting for it.
+        if (
+            m.kind == "classes"
+            and target.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        ):
+            low, high = (int(value) for value in target.aminmax())
+            if low < -1 or high >= m.channels:
+                raise ModelError(
+                    f"{m.name} holds class {high if high >= m.channels else low}, expected 0 to "
+                    f"{m.channels - 1}, or -1 where it is not known: bring its codes to this legend"
+                )
 
     def _loss(
         self, m: Modality, predicted: Tensor, target: Tensor, visible: Visible
@@ -330,10 +357,9 @@ class MaskedAutoencoder(Method):
         self, batch: Mapping[str, Any], mask: Tensor | None
     ) -> tuple[dict[str, Any], Tensor, Visible]:
         """The cropped batch, the encoder's input, and which patches it sees."""
-        if self.input not in batch:
-            raise ModelError(f"the batch lacks the input {self.input!r}; it has {', '.join(batch)}")
+        self._check_input(batch)
         cropped = self._crop(batch)
-        pixels = torch.nan_to_num(cropped[self.input])
+        pixels = zeroed(cropped[self.input])
         if self._channels is not None:
             pixels = pixels[:, self._channels]
         grid = self._grid_of(pixels)
@@ -341,6 +367,34 @@ class MaskedAutoencoder(Method):
             mask = self.random_mask(batch, len(pixels), grid)
             return cropped, pixels, Visible.of(mask, len(pixels), grid).to(pixels.device)
         return cropped, pixels, Visible.of(mask.to(pixels.device), len(pixels), grid)
+
+    def check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Refuse data without the input or a target, or of other shapes.
+
+        Args:
+            batch: As `forward` gets them.
+
+        Raises:
+            ModelError: As `forward`.
+        """
+        self._check_input(batch)
+        cropped = self._crop(batch)
+        for m in self.modalities:
+            self._check_target(m, cropped, len(cropped[self.input]), self.size)
+
+    def _check_input(self, batch: Mapping[str, Any]) -> None:
+        if self.input not in batch:
+            raise ModelError(f"the batch lacks the input {self.input!r}; it has {', '.join(batch)}")
+        shape = tuple(batch[self.input].shape)
+        if len(shape) != 4 or not shape[0]:
+            raise ModelError(
+                f"{self.input} should be (N, C, H, W) with N at least 1, found {shape}"
+            )
+        if shape[1] != len(self.input_bands):
+            raise ModelError(
+                f"{self.input} has {shape[1]} bands, expected {len(self.input_bands)}: "
+                f"{', '.join(self.input_bands)}. Give input_bands=[...], the names of those it has"
+            )
 
     def _crop(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         names = {self.input, *(m.key for m in self.modalities if m.is_map and m.key in batch)}
@@ -404,15 +458,24 @@ def _kept(grid: int, mask_ratio: float) -> int:
     return min(max(1, int(grid * grid * (1 - mask_ratio))), grid * grid - 1)
 
 
-def _modalities(modalities: Sequence[str | Modality | Mapping[str, Any]]) -> tuple[Modality, ...]:
+def _modalities(
+    modalities: Sequence[str | Modality | Mapping[str, Any]], input: str, channels: int
+) -> tuple[Modality, ...]:
+    refuse_string(modalities if isinstance(modalities, str) else (), "modalities", ModelError)
     found = []
     for m in modalities:
         if isinstance(m, Mapping):
-            m = Modality(**m)
+            m = _from_fields(m)
         elif isinstance(m, str):
             if m not in MODALITIES:
-                raise ModelError(f"unknown modality {m!r}; known are {', '.join(MODALITIES)}")
+                raise ModelError(
+                    f"unknown modality {m!r}{near(m, list(MODALITIES))}; known are "
+                    f"{', '.join(MODALITIES)}"
+                )
             m = MODALITIES[m]
+            if m.name == input:
+                # The same array, so the same bands.
+                m = replace(m, channels=channels)
         found.append(m)
     names = [m.name for m in found]
     if not names or len(set(names)) < len(names):
@@ -421,6 +484,21 @@ def _modalities(modalities: Sequence[str | Modality | Mapping[str, Any]]) -> tup
     if reserved:
         raise ModelError(f"{reserved[0]!r} cannot name a modality; choose another name")
     return tuple(found)
+
+
+def _from_fields(given: Mapping[str, Any]) -> Modality:
+    known = {field.name: field for field in fields(Modality)}
+    unknown = [str(name) for name in given if name not in known]
+    if unknown:
+        raise ModelError(
+            f"modality {dict(given)}: unknown field {unknown[0]}{near(unknown[0], list(known))}; "
+            f"known are {', '.join(known)}"
+        )
+    absent = [name for name in ("name", "kind", "channels") if name not in given]
+    if absent:
+        raise ModelError(f"modality {dict(given)} lacks {', '.join(absent)}")
+    _check_choice(f"kind of modality {given['name']!r}", given["kind"], get_args(Kind))
+    return Modality(**given)
 
 
 def _positions(bands: tuple[str, ...], available: tuple[str, ...]) -> list[int] | None:
@@ -464,6 +542,7 @@ def _from_published(module: nn.Module, state: dict[str, Tensor], prefix: str, *_
     names = [key for key in state if key.startswith(prefix)]
     mine = {key.removeprefix(prefix): state[key] for key in names}
     sparse = {key: value for key, value in mine.items() if key.startswith("encoder.")}
+    published = mmearth.matches(sparse) or any(key.startswith("decoder_dict.") for key in mine)
     if mmearth.matches(sparse):
         for key in sparse:
             del state[prefix + key]
@@ -476,6 +555,17 @@ def _from_published(module: nn.Module, state: dict[str, Tensor], prefix: str, *_
             # All modalities share one decoder, which the published code lists under each.
             del state[prefix + key]
             state[".".join([prefix + "decoder", *parts[2:]])] = value
-    if prefix + "loss_fn.log_vars" in state and module.loss_fn is None:
+    weights = prefix + "loss_fn.log_vars"
+    if weights in state and module.loss_fn is None:
         # The published code keeps them also where it does not use them.
-        del state[prefix + "loss_fn.log_vars"]
+        del state[weights]
+    elif weights in state and published:
+        own, known = module.loss_fn.log_vars.detach(), list(MODALITIES)  # type: ignore[union-attr]
+        if len(state[weights]) == len(known):
+            # One for each published modality; those of others stay as they are.
+            state[weights] = torch.stack(
+                [
+                    state[weights][known.index(m.name)].to(own) if m.name in known else value
+                    for m, value in zip(module.modalities, own, strict=True)
+                ]
+            )

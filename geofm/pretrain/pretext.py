@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "MODALITIES",
+    "Kind",
     "Modality",
     "UncertaintyWeighting",
     "cross_entropy",
@@ -23,6 +24,7 @@ __all__ = [
     "patch_error",
     "squared_error",
     "summary",
+    "zeroed",
 ]
 
 # Added to the variance of a target patch before it is divided by.
@@ -42,7 +44,8 @@ class Modality:
         name: What its loss is called, and its key in a batch.
         kind: ``"pixels"``: (N, channels, H, W) values per pixel, squared error. ``"classes"``:
             (N, 1, H, W) integers per pixel below `channels`, -1 where unknown, cross-entropy.
-            ``"vector"``: (N, channels) values per tile, NaN where unknown, squared error.
+            ``"vector"``: (N, channels) values per tile, NaN or infinite where unknown, squared
+            error.
             ``"category"``: (N, channels) one-hot per tile, all zero where unknown, cross-entropy.
             ``"summary"``: (N, channels, H, W) values per pixel, of which the tile's summary is to
             be told (`summary`), squared error.
@@ -130,18 +133,30 @@ class UncertaintyWeighting(nn.Module):
         return torch.where(present, weighted, torch.zeros_like(weighted)).sum()
 
 
+def zeroed(values: Tensor) -> Tensor:
+    """Values with 0 for what is not known: NaN and infinities.
+
+    Args:
+        values: Any shape.
+
+    Returns:
+        The same shape, finite.
+    """
+    return torch.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+
+
 def squared_error(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Squared error of known values.
 
     Args:
         predicted: Any shape.
-        target: The same shape; NaN where unknown.
+        target: The same shape; NaN or infinite where unknown.
 
     Returns:
         The sum and the number of values it is over.
     """
-    known = ~torch.isnan(target)
-    error = torch.where(known, predicted - torch.nan_to_num(target), 0).square().sum()
+    known = torch.isfinite(target)
+    error = torch.where(known, predicted - zeroed(target), 0).square().sum()
     return error, known.sum()
 
 
@@ -166,15 +181,15 @@ def patch_error(
 
     Args:
         predicted: (R, patch², channels).
-        target: The same shape; NaN where unknown.
+        target: The same shape; NaN or infinite where unknown.
         patch_norm: Bring each target patch to mean 0 and variance 1 (unbiased, eps 1e-6).
-        missing: ``"zero"``: NaN counts as 0, as published; ``"exclude"``: NaN and values of exactly
-            0, which normalized data hold where something is missing, do not count.
+        missing: ``"zero"``: unknown values count as 0, as published; ``"exclude"``: they and values
+            of exactly 0, which normalized data hold where something is missing, do not count.
 
     Returns:
         The sum over patches and the number of those whose error is not 0.
     """
-    target = torch.nan_to_num(target).float()
+    target = zeroed(target).float()
     if missing == "zero":
         if patch_norm:
             variance, mean = torch.var_mean(target, (1, 2), keepdim=True)
@@ -197,7 +212,7 @@ def summary(target: Tensor, missing: str) -> Tensor:
     """What a tile's values are like: mean, deviation and roughness of each channel.
 
     Args:
-        target: (N, C, H, W); NaN where unknown.
+        target: (N, C, H, W); NaN or infinite where unknown.
         missing: As in `patch_error`.
 
     Returns:
@@ -205,7 +220,7 @@ def summary(target: Tensor, missing: str) -> Tensor:
         difference of horizontal and vertical neighbours. NaN where nothing is known.
     """
     zero = target == 0 if missing == "exclude" else torch.zeros_like(target, dtype=torch.bool)
-    known = ~(zero | torch.isnan(target))
+    known = ~zero & torch.isfinite(target)
     values = torch.where(known, target, 0).float()
 
     def mean(x: Tensor, where: Tensor) -> Tensor:

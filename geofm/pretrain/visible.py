@@ -41,9 +41,11 @@ class Visible:
             The visible patches.
 
         Raises:
-            ModelError: The shape does not fit, or samples differ in their number of visible
-                patches.
+            ModelError: There is no sample, the shape does not fit, or samples differ in their
+                number of visible patches.
         """
+        if not count:
+            raise ModelError("the batch has no sample")
         flat = mask.reshape(len(mask), -1)
         if tuple(flat.shape) != (count, grid * grid):
             raise ModelError(

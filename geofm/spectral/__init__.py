@@ -3,6 +3,7 @@
 from geofm.spectral.bands import Band, Sensor
 from geofm.spectral.indices import NormalizedDifference
 from geofm.spectral.matching import Match, match_bands, missing_message, resolve_bands
+from geofm.spectral.names import refuse_string
 from geofm.spectral.sensors import SENSORS, sensor
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Sensor",
     "match_bands",
     "missing_message",
+    "refuse_string",
     "resolve_bands",
     "sensor",
 ]

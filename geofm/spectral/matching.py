@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from geofm.errors import BandError
 from geofm.spectral.bands import Band, Sensor
+from geofm.spectral.names import refuse_string
 from geofm.spectral.sensors import SENSORS, sensor
 
 __all__ = ["Match", "match_bands", "missing_message", "resolve_bands"]
@@ -52,11 +53,7 @@ def resolve_bands(bands: Sequence[str | Band], of: str | Sensor) -> tuple[Band, 
         BandError: The sequence is a single string, an entry is neither a name nor a band, or two
             entries are the same band.
     """
-    if isinstance(bands, str):
-        names = [name.strip() for name in bands.replace(";", ",").split(",")]
-        raise BandError(
-            f"bands must be a list of names, got the string {bands!r}; write bands={names!r}"
-        )
+    refuse_string(bands, "bands")
     of = sensor(of)
     out: list[Band] = []
     positions: dict[str, int] = {}
