@@ -5,13 +5,14 @@
     python benchmarks/raster_speed.py --sizes 10980 --with-results small.json --plot plot.png
     python benchmarks/raster_speed.py --sizes 10980 --model pointwise      # memory alone
 
-Each size runs in a process of its own, so that its peak memory is its own. "encoder" is the time
-the same windows take in the same batches from memory, with nothing read, blended or written, from
-`--batches` batches timed before each run and again after it; "overhead" is what `embed_raster`
-takes beyond that, by the clock and by processor time; with `--repeats`, the median. On a machine
-with other work to do only processor time means anything. `--model pointwise` puts one 1×1
-convolution of 12 to 320 channels per 8 px in the encoder's place: all the rest of the work, at its
-full size.
+Each size runs in a process of its own, so that its peak memory is its own: that of the first run,
+before the encoder is timed. "encoder" is the time that as many windows of noise take, from memory,
+with nothing read, blended or written, timed after each run on some of them: each core with a batch
+of its own, as `embed_raster` does it, and all cores on one batch at a time, as a loop over batches
+would. "overhead" is what `embed_raster` takes beyond the former, by the clock and by processor
+time; with `--repeats`, the median. On a machine with other work to do only processor time means
+anything. `--model pointwise` puts one 1×1 convolution of 12 to 320 channels per 8 px in the
+encoder's place: all the rest of the work, at its full size.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,39 +93,39 @@ def write_tile(path: Path, size: int) -> None:
                 file.write(values, window=rasterio.windows.Window(left, top, columns, rows))
 
 
-def encoder_seconds(job: Job, workers: int, most: int) -> tuple[float, float]:
-    """Wall and processor seconds for all windows of a job, from at most `most` batches of noise."""
+def encoder_seconds(job: Job, workers: int, most: int) -> dict[str, float]:
+    """Seconds for all windows of a job, from at most `most` of noise."""
     windows = sum((p.end - p.begin) for p in job.panels) * len(job.rows.starts)
-    size = (job.rows.size, job.columns.size)
-    pixels = torch.randn(job.batch, len(BANDS), *size)
-    batches = max(workers, min(most, windows // job.batch) // workers * workers)
+    pixels = torch.randn(job.batch, len(BANDS), job.rows.size, job.columns.size)
+    batches = max(workers, min(most, windows) // job.batch // workers * workers)
+    share = windows / (batches * job.batch)
 
-    def work(count: int) -> Iterator[tuple[list[int], Tensor]]:
-        return (([], pixels) for _ in range(count))
+    def timed(count: int) -> tuple[float, float]:
+        with Workers(job.network, torch.device("cpu"), count) as computing:
+            # Twice: once to warm up.
+            for number in (count, batches):
+                begin, spent = time.perf_counter(), time.process_time()
+                for _ in computing.map((None, pixels) for _ in range(number)):
+                    pass
+            return time.perf_counter() - begin, time.process_time() - spent
 
-    with Workers(job.network, torch.device("cpu"), workers) as computing:
-        list(computing.map(work(workers)))
-        begin, spent = time.perf_counter(), time.process_time()
-        list(computing.map(work(batches)))
-        share = windows / (batches * job.batch)
-        return (time.perf_counter() - begin) * share, (time.process_time() - spent) * share
+    (together, _), (apart, processor) = timed(1), timed(workers)
+    return {
+        "encoder, a batch at a time": together * share,
+        "encoder": apart * share,
+        "encoder, processor": processor * share,
+    }
 
 
 def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
     """One size, in this process."""
     model = build(options.model)
     jobs: list[tuple[Job, int]] = []
-    # Of each run: what the encoder takes alone, before it and after it.
-    alone: list[tuple[float, float]] = []
-    spent = {"before": 0.0, "before, processor": 0.0, "windows": 0.0, "finish": 0.0}
+    spent: dict[str, float] = {}
     run, finish = embed.run, embed.raw_to_cog
 
     def kept_run(job: Job, *rest: Any) -> None:
         jobs.append((job, rest[2]))
-        begin, processor = time.perf_counter(), time.process_time()
-        alone.append(encoder_seconds(*jobs[-1], options.batches))
-        spent["before"] = time.perf_counter() - begin
-        spent["before, processor"] = time.process_time() - processor
         begin = time.perf_counter()
         run(job, *rest)
         spent["windows"] = time.perf_counter() - begin
@@ -144,27 +144,29 @@ def measure(options: argparse.Namespace, size: int) -> dict[str, Any]:
             [sys.executable, __file__, "--write", str(source), "--sizes", str(size)], check=True
         )
         base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        peak = 0
         output = Path(folder) / "out.tif"
         for _ in range(options.repeats):
             output.unlink(missing_ok=True)
             begin, processor = time.perf_counter(), time.process_time()
             embed_raster(model, source, output, level="L2A", dtype=options.dtype, progress=None)
-            total = time.perf_counter() - begin - spent["before"]
-            processor = time.process_time() - processor - spent["before, processor"]
-            alone.append(encoder_seconds(*jobs[-1], options.batches))
-            encoder, encoder_processor = np.mean(alone[-2:], 0).tolist()
+            total = time.perf_counter() - begin
+            processor = time.process_time() - processor
+            # Of the first run alone, before anything else is measured here.
+            peak = peak or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            alone = encoder_seconds(*jobs[-1], options.windows)
             rows.append(
                 {
                     "seconds": total,
                     "of which windows": spent["windows"],
                     "of which finish": spent["finish"],
-                    "encoder": encoder,
-                    "overhead": total / encoder - 1,
-                    "processor overhead": processor / encoder_processor - 1,
+                    **alone,
+                    "overhead": total / alone["encoder"] - 1,
+                    "processor overhead": processor / alone["encoder, processor"] - 1,
+                    "over a batch at a time": total / alone["encoder, a batch at a time"] - 1,
                 }
             )
         written = output.stat().st_size
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     middle = {name: round(float(np.median([row[name] for row in rows])), 3) for name in rows[0]}
     return {
         "size": size,
@@ -200,7 +202,7 @@ def main() -> None:
     parser.add_argument("--model", default="mpmae_atto", help="or pointwise")
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "int8"))
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--batches", type=int, default=40, help="to time the encoder with")
+    parser.add_argument("--windows", type=int, default=80, help="to time the encoder with")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each size")
     parser.add_argument("--folder", type=Path, default=None, help="for temporary files")
     parser.add_argument("--plot", type=Path, default=None)
@@ -221,7 +223,7 @@ def main() -> None:
     for size in options.sizes:
         command = [sys.executable, __file__, "--one", "--sizes", str(size)]
         command += ["--model", options.model, "--dtype", options.dtype]
-        command += ["--batches", str(options.batches), "--repeats", str(options.repeats)]
+        command += ["--windows", str(options.windows), "--repeats", str(options.repeats)]
         command += ["--threads", str(options.threads)] if options.threads else []
         command += ["--folder", str(options.folder)] if options.folder else []
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)

@@ -197,10 +197,11 @@ class Preprocess(nn.Module):
         stored = str(pixels.dtype) if isinstance(pixels, np.ndarray | Tensor) else ""
         floats = self._as_floats(pixels)
         self._check_shape(floats)
+        gaps = True
         if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # type: ignore[no-untyped-call]
             # Looks at values, so it cannot be part of an exported graph.
-            self._check_values(floats, stored)
-        return self._fit(self._prepare(floats)).to(self._like.dtype)
+            gaps = self._check_values(floats, stored)
+        return self._fit(self._prepare(floats, gaps)).to(self._like.dtype)
 
     def _as_floats(self, pixels: Tensor | np.ndarray[Any, Any]) -> Tensor:
         if isinstance(pixels, np.ndarray):
@@ -233,47 +234,49 @@ class Preprocess(nn.Module):
         if pixels.shape[-1] == 0 or pixels.shape[-2] == 0:
             raise PixelError(f"pixels have no height or no width: {tuple(pixels.shape)}")
 
-    def _check_values(self, pixels: Tensor, stored: str) -> None:
-        """Refuse samples that cannot be in the stated units, each judged by itself."""
+    def _check_values(self, pixels: Tensor, stored: str) -> bool:
+        """Refuse samples that cannot be in the stated units, each judged by itself.
+
+        Returns:
+            Whether any value is missing.
+        """
+        gaps = False
         for kinds in (("channel", "derived"), ("index",)):
             used = sorted({c for s in self.sources if s.kind in kinds for c in s.channels})
             if not used:
                 continue
-            values = pixels[..., used, :, :].reshape(-1, len(used), *pixels.shape[-2:])
+            some = pixels if len(used) == pixels.shape[-3] else pixels[..., used, :, :]
+            values = some.reshape(-1, len(used), *pixels.shape[-2:])
             if kinds == ("index",):
                 missing = self._is_missing_in_other(values)
             else:
                 missing = self._is_missing(values)
-            every = (1, 2, 3)
-            lows = values.masked_fill(missing, torch.inf).amin(every).tolist()
-            highs = values.masked_fill(missing, -torch.inf).amax(every).tolist()
-            wholes = ((values == values.round()) | missing).flatten(1).all(1).tolist()
-            tiny = ((values.abs() < _LOOKS_LIKE_REFLECTANCE) & ~missing).flatten(1).sum(1)
-            smalls = (tiny / (~missing).flatten(1).sum(1)).tolist()
-            for number, seen in enumerate(zip(lows, highs, wholes, smalls, strict=True)):
-                if seen[0] > seen[1]:
+            gaps_here = bool(missing.any())
+            gaps = gaps or gaps_here
+            seen = _seen(values, missing if gaps_here else None, stored)
+            for number, one in enumerate(seen):
+                if one.low > one.high:
                     continue
                 judge = _index_refusal if kinds == ("index",) else _refusal
-                problem = judge(self.units, _Seen(*seen, stored))
+                problem = judge(self.units, one)
                 if problem:
-                    where = f" (sample {number} of {len(lows)})" if len(lows) > 1 else ""
+                    where = f" (sample {number} of {len(seen)})" if len(seen) > 1 else ""
                     raise PixelError(problem + where)
+        return gaps
 
     def _is_missing(self, pixels: Tensor) -> Tensor:
-        missing = ~torch.isfinite(pixels)
-        for value in self.nodata:
-            missing = missing | (pixels == value)
-        return missing
+        missing = self._is_missing_in_other(pixels)
+        return missing | (pixels == 0) if 0 in self.nodata else missing
 
     def _is_missing_in_other(self, pixels: Tensor) -> Tensor:
-        # Where 0 is a value like any other: an index, an elevation.
-        missing = ~torch.isfinite(pixels)
+        # Where 0 is a value like any other: an index, an elevation. NaN is not below infinity.
+        missing = ~(pixels.abs() < torch.inf)
         for value in self.nodata:
             if value != 0:
                 missing = missing | (pixels == value)
         return missing
 
-    def _prepare(self, pixels: Tensor) -> Tensor:
+    def _prepare(self, pixels: Tensor, gaps: bool) -> Tensor:
         layers = []
         for source, shift, scale in zip(self.sources, self.shift, self.scale, strict=True):
             planes = [pixels.select(-3, channel) for channel in source.channels]
@@ -284,15 +287,16 @@ class Preprocess(nn.Module):
                 layer = torch.zeros_like(pixels.select(-3, 0))
             elif source.kind == "channel":
                 layer = planes[0] * self.factor + self.offset
-                missing = self._is_missing(planes[0])
+                missing = self._is_missing(planes[0]) if gaps else None
             elif source.kind == "derived":
                 assert source.rule is not None
                 parts = [plane * self.factor + self.offset for plane in planes]
                 layer = source.rule(dict(zip(source.rule.bands, parts, strict=True)))
-                missing = self._is_missing(planes[0]) | self._is_missing(planes[1])
+                if gaps:
+                    missing = self._is_missing(planes[0]) | self._is_missing(planes[1])
             else:
                 layer = planes[0]
-                missing = self._is_missing_in_other(layer)
+                missing = self._is_missing_in_other(layer) if gaps else None
                 if source.rule is not None:
                     unit = {"dn": source.rule.scale, "reflectance": 1.0, "uint8": 255.0}
                     layer = source.rule.finish(layer / unit[self.units])
@@ -491,6 +495,25 @@ class _Seen:
 
     def __str__(self) -> str:
         return f"values from {_number(self.low)} to {_number(self.high)} ({self.stored})"
+
+
+def _seen(values: Tensor, missing: Tensor | None, stored: str) -> list[_Seen]:
+    """What samples are like, (N, C, H, W); `missing` is None where nothing is."""
+    lowest = values if missing is None else values.masked_fill(missing, torch.inf)
+    highest = values if missing is None else values.masked_fill(missing, -torch.inf)
+    lows, highs = lowest.amin((1, 2, 3)).tolist(), highest.amax((1, 2, 3)).tolist()
+    wholes, smalls = [True] * len(lows), [0.0] * len(lows)
+    # The slow looks at all values only where they tell something: integers are whole.
+    if "int" not in stored:
+        whole = values == values.round()
+        whole = whole if missing is None else whole | missing
+        wholes = whole.flatten(1).all(1).tolist()
+    if not all(wholes):
+        known = torch.ones_like(values, dtype=torch.bool) if missing is None else ~missing
+        small = (values.abs() < _LOOKS_LIKE_REFLECTANCE) & known
+        smalls = (small.flatten(1).sum(1) / known.flatten(1).sum(1)).tolist()
+    rows = zip(lows, highs, wholes, smalls, strict=True)
+    return [_Seen(low, high, whole, small, stored) for low, high, whole, small in rows]
 
 
 def _number(value: float) -> str:

@@ -17,6 +17,8 @@ from torch import nn
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import geofm
+from geofm.models import grn
+from geofm.models.gelu import GELU
 from geofm.models.grn import grn_linear
 from geofm.models.mpmae import MPMAE, Block, grid_size
 
@@ -537,3 +539,38 @@ def test_half_precision_stays_finite_where_a_sum_of_squares_would_not() -> None:
 def test_factory_device_and_dtype_reach_every_parameter() -> None:
     model = timm.create_model("mpmae_atto", device="meta", dtype=torch.float64)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float64)}
+
+
+def test_without_gradients_memory_is_taken_over_and_values_stay() -> None:
+    torch.manual_seed(0)
+    model = MPMAE(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), stem_padding="aligned").eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "grn" in name:
+                parameter.normal_(0, 0.5)
+    pixels = torch.randn(3, 12, 64, 72)
+    kept = pixels.clone()
+    expected = model(pixels)
+    for quiet in (torch.no_grad(), torch.inference_mode()):
+        with quiet:
+            found = model(pixels)
+        assert torch.equal(pixels, kept)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        each = torch.func.vmap(lambda x: model(x[None])[0])(pixels)
+        torch.testing.assert_close(each, expected, atol=1e-5, rtol=1e-5)
+        hidden = torch.randn(2, 5, 5, 8)
+        assert GELU()(hidden).data_ptr() == hidden.data_ptr()
+    hidden = torch.randn(2, 5, 5, 8)
+    before = hidden.clone()
+    GELU()(hidden)
+    assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("part", [1, 100, 2**19])
+def test_squares_are_summed_in_parts(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grn, "_PART", part)
+    sites = torch.randn(3, 35, 7)
+    with torch.no_grad():
+        found = grn._squares(sites)
+    torch.testing.assert_close(found, sites.square().sum(1), atol=0, rtol=1e-5)

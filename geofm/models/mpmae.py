@@ -19,6 +19,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from geofm.errors import ModelError
+from geofm.models.gelu import GELU
 from geofm.models.grn import GlobalResponseNorm, grn_linear
 
 __all__ = ["MPMAE", "VARIANTS", "Block", "grid_size"]
@@ -55,7 +56,7 @@ class Block(nn.Module):
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim, **dd)
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS, **dd)
         self.pwconv1 = nn.Linear(dim, 4 * dim, **dd)
-        self.act = nn.GELU()
+        self.act = GELU()
         self.grn = GlobalResponseNorm(4 * dim, **dd)
         self.pwconv2 = nn.Linear(4 * dim, dim, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
@@ -195,7 +196,7 @@ class MPMAE(nn.Module):
         self.initial_conv = nn.Sequential(
             nn.Conv2d(in_chans, dims[0], 3, padding=1 if aligned else 0, **dd),
             LayerNorm2d(dims[0], eps=LAYER_NORM_EPS, **dd),
-            nn.GELU(),
+            GELU(),
         )
         self.stem = nn.Sequential(
             nn.Conv2d(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -147,6 +147,21 @@ class _InOrder:
         self.failed = False
 
 
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Windows of one row that are computed together.
+
+    Attributes:
+        row: Their row.
+        columns: Their columns.
+        ended: Rows of which all windows came before, and which of their cells have enough data.
+    """
+
+    row: int
+    columns: Sequence[int]
+    ended: tuple[tuple[int, NDArray[np.bool_]], ...]
+
+
 def _panel(
     job: Job,
     panel: Panel,
@@ -158,41 +173,68 @@ def _panel(
     bar: Any,
 ) -> None:
     """Compute a panel from row of windows `done` on, and have its blocks written."""
-    rows, columns = job.rows, job.columns
-    reader = job.reader(panel)
     blend = _Blend(job, panel)
-    left = columns.owned(panel.own)[0]
+    left = job.columns.owned(panel.own)[0]
 
     def finish(row: int, enough: NDArray[np.bool_]) -> None:
-        first, last = rows.owned(row)
+        first, last = job.rows.owned(row)
         block, covered = blend.take(last - first)
         if row >= done:
             # A cell may reach out of its window and have its only data there.
             write(row, (first, left), block, enough & covered)
 
+    def end(rows: Iterable[tuple[int, NDArray[np.bool_]]]) -> None:
+        for row, enough in rows:
+            blender.put(finish, row, enough)
+            if row >= done:
+                bar.update(panel.end - panel.begin)
+
     # Windows above reach into the first block.
-    begin = rows.first_over(done)
-    strip = reading.submit(reader.read, begin)
-    for row in range(begin, len(rows.starts)):
-        current = strip.result()
-        if row + 1 < len(rows.starts):
-            strip = reading.submit(reader.read, row + 1)
-        for indices, values in computing.map(_batches(job, panel, current)):
-            blender.put(blend.add, row, indices, values)
-        blender.put(finish, row, current.enough)
-        if row >= done:
-            bar.update(panel.end - panel.begin)
+    batches = _Batches(job, panel, job.rows.first_over(done), reading)
+    for batch, values in computing.map(batches):
+        end(batch.ended)
+        blender.put(blend.add, batch.row, batch.columns, values)
+    end(batches.ended)
     blender.finish()
 
 
-def _batches(job: Job, panel: Panel, strip: Strip) -> Iterator[tuple[Sequence[int], Tensor]]:
-    size = job.columns.size
-    filled = zip(range(panel.begin, panel.end), strip.filled, strict=True)
-    wanted = [index for index, some in filled if some]
-    for begin in range(0, len(wanted), job.batch):
-        indices = wanted[begin : begin + job.batch]
-        windows = [strip.window(job.columns.starts[index], size) for index in indices]
-        yield indices, torch.stack(windows)
+class _Batches:
+    """The windows of a panel in batches, row by row; the next row is read meanwhile.
+
+    Args:
+        job: What to compute.
+        panel: Which windows.
+        begin: First row of windows.
+        reading: The thread that reads.
+
+    Attributes:
+        ended: Rows whose windows have all been given, and that no batch has told of yet.
+    """
+
+    def __init__(self, job: Job, panel: Panel, begin: int, reading: ThreadPoolExecutor) -> None:
+        self.job, self.panel, self.begin, self.reading = job, panel, begin, reading
+        self.ended: list[tuple[int, NDArray[np.bool_]]] = []
+
+    def __iter__(self) -> Iterator[tuple[_Batch, Tensor]]:
+        job, reader = self.job, self.job.reader(self.panel)
+        strip = self.reading.submit(reader.read, self.begin)
+        for row in range(self.begin, len(job.rows.starts)):
+            current = strip.result()
+            if row + 1 < len(job.rows.starts):
+                strip = self.reading.submit(reader.read, row + 1)
+            for columns in self._batches(current):
+                starts = (job.columns.starts[column] for column in columns)
+                # Copies: the strip's memory is that of the next row but one.
+                pixels = torch.stack([current.window(s, job.columns.size) for s in starts])
+                ended, self.ended = tuple(self.ended), []
+                yield _Batch(row, columns, ended), pixels
+            self.ended.append((row, current.enough))
+
+    def _batches(self, strip: Strip) -> Iterator[Sequence[int]]:
+        filled = zip(range(self.panel.begin, self.panel.end), strip.filled, strict=True)
+        wanted = [column for column, some in filled if some]
+        for begin in range(0, len(wanted), self.job.batch):
+            yield wanted[begin : begin + self.job.batch]
 
 
 class _Blend:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from geofm.errors import RasterError
 from geofm.raster.networks import Network
 
 __all__ = ["Workers", "apply"]
+
+Key = TypeVar("Key")
 
 
 class Workers:
@@ -54,31 +57,31 @@ class Workers:
             self._threads.shutdown(cancel_futures=True)
 
     def map(
-        self, batches: Iterable[tuple[Sequence[int], Tensor]]
-    ) -> Iterator[tuple[Sequence[int], NDArray[np.float32]]]:
+        self, batches: Iterable[tuple[Key, Tensor]]
+    ) -> Iterator[tuple[Key, NDArray[np.float32]]]:
         """Apply the network to batches.
 
         Args:
-            batches: Numbers of the windows of a batch, and their pixels, (N, bands, h, w).
+            batches: Something that belongs to a batch, and its pixels, (N, bands, h, w).
 
         Yields:
-            The numbers and what the network gives, (N, channels, rows, columns), in order.
+            The same, and what the network gives, (N, channels, rows, columns), in order.
 
         Raises:
             RasterError: A batch does not fit into the device's memory.
         """
         if self._threads is None:
-            for windows, pixels in batches:
-                yield windows, apply(self.network, pixels, self.device)
+            for key, pixels in batches:
+                yield key, apply(self.network, pixels, self.device)
             return
-        pending: deque[tuple[Sequence[int], Future[NDArray[np.float32]]]] = deque()
-        for windows, pixels in batches:
+        pending: deque[tuple[Key, Future[NDArray[np.float32]]]] = deque()
+        for key, pixels in batches:
             # One more than there are workers, so that none of them waits for this thread.
             if len(pending) > self.count:
                 done, found = pending.popleft()
                 yield done, found.result()
             task = self._threads.submit(apply, self.network, pixels, self.device)
-            pending.append((windows, task))
+            pending.append((key, task))
         while pending:
             done, found = pending.popleft()
             yield done, found.result()
