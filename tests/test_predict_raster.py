@@ -132,7 +132,7 @@ def test_an_image_beyond_memory_is_refused_before_the_model_sees_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = head("mpmae_atto")
-    monkeypatch.setattr("geofm.raster.embed._MAX_WINDOW_BYTES", 1e8)
+    monkeypatch.setattr("geofm.raster.jobs._MAX_WINDOW_BYTES", 1e8)
     largest = 0
     forward = model.forward
 

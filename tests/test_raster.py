@@ -432,7 +432,7 @@ def test_true_colour_follows_the_images_own_sensor(scene: Path, tmp_path: Path) 
 def test_images_beyond_memory_are_refused_before_they_are_computed(
     model: torch.nn.Module, scene: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("geofm.raster.embed._MAX_WINDOW_BYTES", 1e6)
+    monkeypatch.setattr("geofm.raster.jobs._MAX_WINDOW_BYTES", 1e6)
     with pytest.raises(geofm.GeofmError, match="in one pass"):
         embed_raster(model, scene, level="L2A")
 

@@ -126,7 +126,7 @@ def test_a_whole_sentinel2_tile_killed_twice_at_random_times_is_the_same_file(
 
 def test_a_run_may_stop_after_any_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # More than half is shared, so that three rows of windows reach into one block; three panels.
-    monkeypatch.setattr("geofm.raster.embed._PANEL_BYTES", 40_000)
+    monkeypatch.setattr("geofm.raster.jobs._PANEL_BYTES", 40_000)
     model = small_mpmae(0.5, stem_padding="aligned")
     image = noise(150, 190)
     options: dict[str, Any] = {"window": 64, "overlap": 40, "batch_size": 2}

@@ -91,7 +91,7 @@ def test_an_identity_network_returns_the_input_exactly(
     with pytest.MonkeyPatch.context() as patch:
         if narrow:
             # Panels of one window each.
-            patch.setattr("geofm.raster.embed._PANEL_BYTES", 1)
+            patch.setattr("geofm.raster.jobs._PANEL_BYTES", 1)
         got = embed_raster(
             Identity(unit),
             image(pixels),
@@ -257,7 +257,7 @@ def test_one_window_is_one_pass_and_size_of_batch_and_panels_change_nothing(
     np.testing.assert_allclose(
         embed_raster(model, image, **options, batch_size=7).values, expected, atol=1e-4
     )
-    monkeypatch.setattr("geofm.raster.embed._PANEL_BYTES", 1)
+    monkeypatch.setattr("geofm.raster.jobs._PANEL_BYTES", 1)
     np.testing.assert_allclose(
         embed_raster(model, image, **options, batch_size=7).values, expected, atol=1e-4
     )
