@@ -238,9 +238,10 @@ class Preprocess(nn.Module):
         """Refuse samples that cannot be in the stated units, each judged by itself.
 
         Returns:
-            Whether any value is missing.
+            Whether any value may be missing.
         """
-        gaps = False
+        # Channels in units of their own cannot be judged, and are not looked at.
+        gaps = any(s.kind == "other" for s in self.sources)
         for kinds in (("channel", "derived"), ("index",)):
             used = sorted({c for s in self.sources if s.kind in kinds for c in s.channels})
             if not used:
