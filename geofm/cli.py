@@ -462,7 +462,10 @@ def _sample(options: argparse.Namespace) -> int:
 def _embed(options: argparse.Namespace) -> int:
     from geofm import registry
     from geofm.raster import embed_raster
+    from geofm.scenes.files import check_exists
 
+    # Before weights are fetched.
+    check_exists(options.input)
     architecture: dict[str, Any] = {}
     base, _ = registry.split_name(options.model)
     if registry.architecture(base).aligned is not None:
@@ -491,7 +494,9 @@ def _embed(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     from geofm.raster import predict_raster
+    from geofm.scenes.files import check_exists
 
+    check_exists(options.input)
     words = [word.strip() for word in options.classes.split(",")] if options.classes else []
     number_alone = len(words) == 1 and words[0].isdecimal()
     # The file's own head: a new one would be untrained.

@@ -186,6 +186,14 @@ def test_numbers_that_are_none_are_told_so(
     assert says in capsys.readouterr().err
 
 
+@pytest.fixture
+def some_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``s.tif`` is there; what is in it does not matter."""
+    (tmp_path / "s.tif").touch()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("some_file")
 def test_classes_to_mask_reach_the_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {}
 
@@ -201,6 +209,7 @@ def test_classes_to_mask_reach_the_scene(tmp_path: Path, monkeypatch: pytest.Mon
     assert "mask_classes" not in asked
 
 
+@pytest.mark.usefixtures("some_file")
 def test_predict_is_not_advised_to_take_an_option_it_does_not_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -286,6 +295,7 @@ def test_a_device_that_is_not_there_is_one_line(
     assert said[0].startswith("geofm: error: the model cannot run on cuda:99: ")
 
 
+@pytest.mark.usefixtures("some_file")
 @pytest.mark.parametrize(
     ("words", "partial", "says"),
     [
@@ -401,3 +411,13 @@ def test_the_readmes_table_is_the_cards(capsys: pytest.CaptureFixture[str]) -> N
     main(["list", "--markdown"])
     table = capsys.readouterr().out.strip()
     assert table in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("command", ["embed", "predict"])
+def test_a_missing_image_is_told_before_weights_are_fetched(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("geofm.cli._model", None)
+    words = [command, "nope.tif", "-o", "out.tif", "--weights", "starter"]
+    assert main(words) == 2
+    assert "there is no file or folder nope.tif" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from geofm.errors import DataNotFoundError, MissingExtraError, RasterError
 
 __all__ = [
     "Layer",
+    "check_exists",
     "check_pixels",
     "check_place",
     "is_remote",
@@ -170,11 +171,23 @@ def open_raster(path: str) -> Any:
         RasterError: It cannot be read.
         MissingExtraError: rasterio is not installed.
     """
-    own = path.startswith("/vsi") or re.match(r"[A-Za-z0-9_]{2,}:", path)
-    if not own and not Path(path).exists():
-        raise DataNotFoundError(f"there is no file or folder {path}")
+    check_exists(path)
     with reading(path) as rasterio:
         return rasterio.open(path)
+
+
+def check_exists(path: str) -> None:
+    """Refuse a path at which there is nothing; addresses, patterns and GDAL's names are let pass.
+
+    Args:
+        path: As in `open_raster`, or a pattern.
+
+    Raises:
+        DataNotFoundError: There is no such file or folder.
+    """
+    other = path.startswith("/vsi") or re.match(r"[A-Za-z0-9_]{2,}:", path)
+    if not other and not any(mark in path for mark in "*?") and not Path(path).exists():
+        raise DataNotFoundError(f"there is no file or folder {path}")
 
 
 def check_pixels(name: str, dtype: str) -> None:
