@@ -268,7 +268,7 @@ class SceneReader:
         resampling: str = "bilinear",
         mask_classes: Sequence[int] = (),
     ) -> np.ma.MaskedArray[Any, Any]:
-        """Read a window: see [`Scene.read`][geofm.scenes.Scene.read].
+        """Read a window: see [`Scene.read`][geofm.scenes.scene.Scene.read].
 
         Args:
             window: As there.
